@@ -1,0 +1,80 @@
+#include "common.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace llmops {
+
+namespace {
+constexpr int64_t kHugePageBytes = 2 << 20;
+constexpr int64_t kAdviseFromBytes = 4 << 20;
+}  // namespace
+
+Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType type) {
+  // The C shim itself: the dispatcher's boxed new_empty costs a microsecond more.
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  int32_t device_type, device_index, dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  Tensor out(handle);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const int64_t bytes = out.numel() * element_size(type);
+  if (bytes >= kAdviseFromBytes && out.is_cpu()) {
+    const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
+    const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+    const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
+    // Advice: a kernel that refuses it changes nothing but speed.
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
+
+RowIndex::RowIndex(const std::vector<int64_t>& sizes,
+                   const std::vector<std::vector<int64_t>>& strides)
+    : strides_(strides.size()) {
+  for (int64_t size : sizes) rows_ *= size;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    bool merges = !sizes_.empty();
+    for (size_t t = 0; merges && t < strides.size(); ++t)
+      merges = strides_[t].back() == strides[t][d] * sizes[d];
+    if (merges) {
+      sizes_.back() *= sizes[d];
+    } else {
+      sizes_.push_back(sizes[d]);
+    }
+    for (size_t t = 0; t < strides.size(); ++t) {
+      if (merges) {
+        strides_[t].back() = strides[t][d];
+      } else {
+        strides_[t].push_back(strides[t][d]);
+      }
+    }
+  }
+}
+
+Tensor last_dim_dense(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.dim() == 0 || t.size(last) <= 1 || t.stride(last) == 1) return t;
+  return torch::stable::contiguous(t);
+}
+
+std::vector<int64_t> leading_strides(const Tensor& t, int64_t drop) {
+  std::vector<int64_t> result;
+  for (int64_t d = 0; d + drop < t.dim(); ++d) result.push_back(t.stride(d));
+  return result;
+}
+
+}  // namespace llmops

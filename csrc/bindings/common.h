@@ -1,0 +1,133 @@
+// What every binding shares: checks, dtypes, output allocation, strided row addressing, threads.
+// The bindings are the only C++ that sees torch, and only through its stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace llmops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Error text without the file and line that torch's own macro prepends: users read it.
+#define LLMOPS_CHECK(condition, ...)                              \
+  do {                                                            \
+    if (!(condition)) throw std::runtime_error(message(__VA_ARGS__)); \
+  } while (0)
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
+
+inline cpu::DType kernel_dtype(ScalarType type, const char* where) {
+  switch (type) {
+    case ScalarType::Float: return cpu::DType::f32;
+    case ScalarType::BFloat16: return cpu::DType::bf16;
+    case ScalarType::Half: return cpu::DType::f16;
+    default: break;
+  }
+  throw std::runtime_error(message(where, ": dtype ", dtype_name(type),
+                                   " is not supported by the C++ kernels (float32, bfloat16 and "
+                                   "float16 are); use backend=\"reference\""));
+}
+
+inline int64_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    default: return 1;
+  }
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+// A fresh, uninitialized tensor on t's device. Large ones are advised to use huge pages: the first
+// touch of a 4 KiB page costs about 2 us, which for a row op is more than computing it.
+Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType type);
+inline Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes) {
+  return new_output(t, sizes, t.scalar_type());
+}
+
+// Addresses the rows of a tensor [..., n] whose leading dimensions have any strides: dimensions
+// that follow each other in memory are merged, so that a contiguous tensor needs no division.
+class RowIndex {
+ public:
+  // `tensors` have the same leading sizes; index k addresses tensors[k]. `dims` leading ones count.
+  RowIndex(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& strides);
+  int64_t rows() const { return rows_; }
+  int64_t offset(size_t tensor, int64_t row) const {
+    int64_t result = 0;
+    for (size_t d = sizes_.size(); d-- > 1;) {
+      result += (row % sizes_[d]) * strides_[tensor][d];
+      row /= sizes_[d];
+    }
+    return sizes_.empty() ? 0 : result + row * strides_[tensor][0];
+  }
+  // True when every tensor's rows are one constant stride apart.
+  bool uniform() const { return sizes_.size() <= 1; }
+
+ private:
+  int64_t rows_ = 1;
+  std::vector<int64_t> sizes_;
+  std::vector<std::vector<int64_t>> strides_;
+};
+
+// t with stride 1 in its last dimension (or one element there), copied if it must be.
+Tensor last_dim_dense(const Tensor& t);
+// Strides of t's leading dimensions (all but the last `drop`).
+std::vector<int64_t> leading_strides(const Tensor& t, int64_t drop = 1);
+
+// Below this many elements the cost of waking a worker (55-85 us) exceeds the work.
+constexpr int64_t kSerialElements = 50000;
+
+// f(begin, end) over [0, rows), split among the framework's threads when it pays.
+template <class F>
+void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
+  if (rows <= 0) return;
+  if (rows == 1 || rows * elements_per_row < kSerialElements) {
+    f(int64_t{0}, rows);
+    return;
+  }
+  const int64_t grain = kSerialElements / 2 / (elements_per_row > 0 ? elements_per_row : 1) + 1;
+  torch::stable::parallel_for(0, rows, grain, f);
+}
+
+// f(task) for each task of [0, tasks), handed out one at a time: uneven tasks balance themselves.
+template <class F>
+void parallel_tasks(int64_t tasks, bool worthwhile, const F& f) {
+  const int64_t threads = worthwhile ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+  });
+}
+
+}  // namespace llmops

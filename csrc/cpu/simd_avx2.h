@@ -1,0 +1,135 @@
+// Vec with eight lanes on AVX2, FMA and F16C. Included by simd.h.
+#pragma once
+#include <immintrin.h>
+
+namespace llmops::cpu::LLMOPS_ISA {
+
+constexpr int W = 8;
+struct Vec {
+  __m256 v;
+};
+struct Mask {
+  __m256 v;  // all bits of a lane set or clear
+};
+
+LLMOPS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+LLMOPS_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+LLMOPS_INLINE __m256i lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+LLMOPS_INLINE Mask first_n(int n) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane_index()))};
+}
+
+LLMOPS_INLINE __m256 widen_bf16(__m128i x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+LLMOPS_INLINE __m128i narrow_bf16(__m256 x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i bits = _mm256_srli_epi32(
+      _mm256_castps_si256(
+          _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan)),
+      16);
+  // packus works within 128-bit halves: bring the two useful quarters together.
+  return _mm256_castsi256_si128(
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0b11011000));
+}
+LLMOPS_INLINE __m128i narrow_fp16(__m256 x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+LLMOPS_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+LLMOPS_INLINE Vec load(const bf16* p) { return {widen_bf16(_mm_loadu_si128((const __m128i*)p))}; }
+LLMOPS_INLINE Vec load(const fp16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
+}
+LLMOPS_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+LLMOPS_INLINE void store(bf16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow_bf16(a.v)); }
+LLMOPS_INLINE void store(fp16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow_fp16(a.v)); }
+// Past the caches; p aligned to the vector's size in memory. Ends with stream_fence().
+LLMOPS_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+LLMOPS_INLINE void stream(bf16* p, Vec a) { _mm_stream_si128((__m128i*)p, narrow_bf16(a.v)); }
+LLMOPS_INLINE void stream(fp16* p, Vec a) { _mm_stream_si128((__m128i*)p, narrow_fp16(a.v)); }
+LLMOPS_INLINE void stream_fence() { _mm_sfence(); }
+
+// First n lanes of memory, `fill` in the rest; nothing past p[n-1] is read.
+LLMOPS_INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
+  const Mask m = first_n(n);
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, _mm256_castps_si256(m.v)),
+                           m.v)};
+}
+// AVX2 has no masked 16-bit load: the few elements go through a buffer.
+template <class T>
+LLMOPS_INLINE Vec load_n(const T* p, int n, float fill = 0.0f) {
+  T buffer[W] = {};
+  for (int i = 0; i < (n < W ? n : W); ++i) buffer[i] = p[i];
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), load(buffer).v, first_n(n).v)};
+}
+LLMOPS_INLINE void store_n(float* p, Vec a, int n) {
+  _mm256_maskstore_ps(p, _mm256_castps_si256(first_n(n).v), a.v);
+}
+template <class T>
+LLMOPS_INLINE void store_n(T* p, Vec a, int n) {
+  T buffer[W];
+  store(buffer, a);
+  for (int i = 0; i < (n < W ? n : W); ++i) p[i] = buffer[i];
+}
+
+LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+LLMOPS_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+// The second operand where either is NaN.
+LLMOPS_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+LLMOPS_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+LLMOPS_INLINE Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// p * 2^n for integer-valued n in [-252, 254], in two factors: no early overflow or underflow.
+LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const __m256 b = _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+  return {_mm256_mul_ps(_mm256_mul_ps(p.v, a), b)};
+}
+
+// Lanes whose index is at least `bound`.
+LLMOPS_INLINE Mask lanes_ge(int bound) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(lane_index(), _mm256_set1_epi32(bound - 1)))};
+}
+LLMOPS_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+LLMOPS_INLINE Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+LLMOPS_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+// One byte per lane, non-zero keeps.
+LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) {
+  uint64_t bytes = 0;
+  if (n >= W) {
+    __builtin_memcpy(&bytes, p, 8);
+  } else {
+    for (int i = 0; i < n; ++i) bytes |= static_cast<uint64_t>(p[i]) << (8 * i);
+  }
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
+}
+
+LLMOPS_INLINE float reduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+LLMOPS_INLINE float reduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+LLMOPS_INLINE float first_lane(Vec a) { return _mm256_cvtss_f32(a.v); }
+
+}  // namespace llmops::cpu::LLMOPS_ISA

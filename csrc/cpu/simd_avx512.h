@@ -1,0 +1,108 @@
+// Vec with sixteen lanes on AVX-512 (F, BW, DQ, VL), and bf16 stores by vcvtneps2bf16 where the
+// AVX-512-BF16 copy is compiled. Included by simd.h.
+#pragma once
+#include <immintrin.h>
+
+namespace llmops::cpu::LLMOPS_ISA {
+
+constexpr int W = 16;
+struct Vec {
+  __m512 v;
+};
+struct Mask {
+  __mmask16 v;
+};
+
+LLMOPS_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+LLMOPS_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+LLMOPS_INLINE Mask first_n(int n) {
+  return {static_cast<__mmask16>(n >= 16 ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u))};
+}
+
+LLMOPS_INLINE __m512 widen_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+LLMOPS_INLINE __m256i narrow_bf16(__m512 x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+#endif
+}
+LLMOPS_INLINE __m256i narrow_fp16(__m512 x) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+LLMOPS_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LLMOPS_INLINE Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256((const __m256i*)p))}; }
+LLMOPS_INLINE Vec load(const fp16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+LLMOPS_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+LLMOPS_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(a.v)); }
+LLMOPS_INLINE void store(fp16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow_fp16(a.v)); }
+// Past the caches; p aligned to the vector's size in memory. Ends with stream_fence().
+LLMOPS_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+LLMOPS_INLINE void stream(bf16* p, Vec a) { _mm256_stream_si256((__m256i*)p, narrow_bf16(a.v)); }
+LLMOPS_INLINE void stream(fp16* p, Vec a) { _mm256_stream_si256((__m256i*)p, narrow_fp16(a.v)); }
+LLMOPS_INLINE void stream_fence() { _mm_sfence(); }
+
+// First n lanes of memory, `fill` in the rest; nothing past p[n-1] is read.
+LLMOPS_INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_n(n).v, p)};
+}
+LLMOPS_INLINE Vec load_n(const bf16* p, int n, float fill = 0.0f) {
+  const __mmask16 m = first_n(n).v;
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m, widen_bf16(_mm256_maskz_loadu_epi16(m, p)))};
+}
+LLMOPS_INLINE Vec load_n(const fp16* p, int n, float fill = 0.0f) {
+  const __mmask16 m = first_n(n).v;
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m,
+                             _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)))};
+}
+LLMOPS_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_n(n).v, a.v); }
+LLMOPS_INLINE void store_n(bf16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_n(n).v, narrow_bf16(a.v));
+}
+LLMOPS_INLINE void store_n(fp16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_n(n).v, narrow_fp16(a.v));
+}
+
+LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+LLMOPS_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+// The second operand where either is NaN.
+LLMOPS_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+LLMOPS_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+LLMOPS_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+LLMOPS_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// p * 2^n for integer-valued n, with correct overflow, underflow and NaN.
+LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+
+// Lanes whose index is at least `bound`.
+LLMOPS_INLINE Mask lanes_ge(int bound) { return {static_cast<__mmask16>(~first_n(bound).v)}; }
+LLMOPS_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+LLMOPS_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+LLMOPS_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
+// One byte per lane, non-zero keeps.
+LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_n(n).v, p);
+  return {_mm_test_epi8_mask(bytes, bytes)};
+}
+
+LLMOPS_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+LLMOPS_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+LLMOPS_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }
+
+}  // namespace llmops::cpu::LLMOPS_ISA

@@ -1,0 +1,48 @@
+// exp and its relatives on Vec, in every instruction set. Included by simd.h.
+//
+// exp2(x) = 2^n * 2^r with n = round(x), |r| <= 1/2, 2^r by a degree-6 minimax polynomial.
+// Range: all of fp32; results below 2^-150 are 0, above 2^128 are inf; NaN gives NaN.
+// Maximum error 1.6 ULP for exp2 on normal results (tests/test_cpu_math.py holds all of these).
+#pragma once
+
+namespace llmops::cpu::LLMOPS_ISA {
+
+LLMOPS_INLINE Vec exp2(Vec x) {
+  // Bounds that keep n within scale_by_power; the constant comes first, so that NaN passes.
+  x = min(set1(252.0f), max(set1(-252.0f), x));
+  const Vec n = round(x), r = x - n;
+  Vec p = set1(1.5353362e-4f);
+  p = fma(p, r, set1(1.3398874e-3f));
+  p = fma(p, r, set1(9.6184373e-3f));
+  p = fma(p, r, set1(5.5503324e-2f));
+  p = fma(p, r, set1(2.4022648e-1f));
+  p = fma(p, r, set1(6.9314720e-1f));
+  p = fma(p, r, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+// exp(x) = 2^(x log2 e), the product split in two so that its rounding does not show: one fp32
+// product of 88 * log2 e would be off by 2^-18 relative.
+LLMOPS_INLINE Vec exp(Vec x) {
+  x = min(set1(170.0f), max(set1(-170.0f), x));
+  const Vec n = round(x * set1(kLog2e));
+  Vec r = fnma(n, set1(0.693359375f), x);       // ln 2, high part: n * high is exact
+  r = fnma(n, set1(-2.12194440e-4f), r);        // ln 2, low part
+  Vec p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p * r, r, r) + set1(1.0f);
+  return scale_by_power(p, n);
+}
+
+// 1 / (1 + exp(-x)); 0 and 1 in the limits, NaN for NaN.
+LLMOPS_INLINE Vec sigmoid(Vec x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+
+// Scalar versions by the same code, for the few places outside the vector loops.
+LLMOPS_INLINE float exp2_scalar(float x) { return first_lane(exp2(set1(x))); }
+LLMOPS_INLINE float exp_scalar(float x) { return first_lane(exp(set1(x))); }
+
+}  // namespace llmops::cpu::LLMOPS_ISA

@@ -1,0 +1,184 @@
+// Row softmax: y = softmax(scale * x + mask), columns past the causal limit zero. Formula: softmax.h
+//
+// Three sweeps over a row that stays in L1/L2: maximum; exponential and sum; division. The scale
+// and log2 e are folded into one factor, so that the exponential is a fused multiply-add and exp2.
+// Lanes run along the row, four vectors at a time; fp32 throughout. From memory's side each element
+// is read once and written once (8 bytes in fp32), about 30 instructions per vector.
+// With a mask the scaled, masked logits are kept in scratch by the first sweep.
+#include "softmax.h"
+
+#include "simd.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kBlock = 4 * W;
+
+LLMOPS_INLINE float combine_max(const Vec* m) {
+  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+LLMOPS_INLINE float combine_add(const Vec* s) {
+  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// The logits in units of log2: scale * log2e * x + log2e * mask, -inf where a bool mask drops.
+template <class X, class M>
+LLMOPS_INLINE Vec logits(const SoftmaxParams& p, const X* x, const M* mask, int64_t i, int n) {
+  const Vec raw = load_n(x + i, n) * set1(p.scale * kLog2e);
+  if (p.mask_kind == MaskKind::boolean) {
+    const uint8_t* keep = reinterpret_cast<const uint8_t*>(mask);
+    if (p.mask_step == 0) return *keep ? raw : set1(-kInf);
+    return select(load_mask_n(keep + i, n), raw, set1(-kInf));
+  }
+  const Vec bias = p.mask_step == 0 ? set1(to_float(*mask)) : load_n(mask + i, n);
+  return fma(bias, set1(kLog2e), raw);
+}
+
+template <class Y>
+LLMOPS_INLINE void fill_zero(Y* y, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + W <= end; i += W) store(y + i, zero());
+  store_n(y + i, zero(), static_cast<int>(end - i));
+}
+
+// Divides: y[i] = e[i] * (1 / sum).
+template <class Y>
+LLMOPS_INLINE void normalize(const float* e, Y* y, int64_t n, float sum) {
+  const Vec r = set1(1.0f / sum);
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) store(y + i + j * W, load(e + i + j * W) * r);
+  }
+  for (; i + W <= n; i += W) store(y + i, load(e + i) * r);
+  store_n(y + i, load_n(e + i, static_cast<int>(n - i)) * r, static_cast<int>(n - i));
+}
+
+// e[i] = 2^(factor * x[i] - shift) for n elements; returns their sum.
+template <class X>
+LLMOPS_INLINE float exponentials(const X* x, float* e, int64_t n, float factor, float shift) {
+  const Vec f = set1(factor), t = set1(-shift);
+  Vec s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+      const Vec v = exp2(fma(load(x + i + j * W), f, t));
+      store(e + i + j * W, v);
+      s[j] = s[j] + v;
+    }
+  }
+  for (; i < n; i += W) {
+    const int left = n - i < W ? static_cast<int>(n - i) : W;
+    const Vec v = select(first_n(left), exp2(fma(load_n(x + i, left), f, t)), zero());
+    store_n(e + i, v, left);
+    s[0] = s[0] + v;
+  }
+  return combine_add(s);
+}
+
+template <class X, class Y, class M>
+LLMOPS_INLINE void forward(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid,
+                           float* scratch) {
+  const X* x = static_cast<const X*>(row.x);
+  Y* y = static_cast<Y*>(row.y);
+  Vec m[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+  int64_t i = 0;
+  if (p.mask_kind == MaskKind::none) {
+    for (; i + kBlock <= valid; i += kBlock) {
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) m[j] = max(m[j], load(x + i + j * W));
+    }
+    // A negative scale turns the order round: the largest logit is then the smallest x.
+    if (p.scale < 0.0f) {
+      Vec low = set1(kInf);
+      for (i = 0; i < valid; i += W) low = min(low, load_n(x + i, valid - i < W ? static_cast<int>(valid - i) : W, kInf));
+      m[0] = m[1] = m[2] = m[3] = set1(-reduce_max(zero() - low));
+    } else {
+      for (; i < valid; i += W)
+        m[0] = max(m[0], load_n(x + i, valid - i < W ? static_cast<int>(valid - i) : W, -kInf));
+    }
+  } else {
+    const M* mask = static_cast<const M*>(row.mask);
+    for (; i + kBlock <= valid; i += kBlock) {
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+        const Vec v = logits(p, x, mask, i + j * W, W);
+        store(scratch + i + j * W, v);
+        m[j] = max(m[j], v);
+      }
+    }
+    for (; i < valid; i += W) {
+      const int left = valid - i < W ? static_cast<int>(valid - i) : W;
+      const Vec v = select(first_n(left), logits(p, x, mask, i, left), set1(-kInf));
+      store_n(scratch + i, v, left);
+      m[0] = max(m[0], v);
+    }
+  }
+  const float factor = p.mask_kind == MaskKind::none ? p.scale * kLog2e : 1.0f;
+  const float top = combine_max(m);
+  // Nothing left in the row: its maximum is -inf, and -inf - -inf would be NaN.
+  if (p.zero_if_empty && (valid == 0 || factor * top == -kInf)) {
+    fill_zero(y, 0, p.n);
+    return;
+  }
+  float* e = scratch;
+  if constexpr (sizeof(Y) == 4) e = static_cast<float*>(row.y);
+  // scale 0: 0 * top would be NaN for an infinite top, as it is for the element itself.
+  const float sum = p.mask_kind == MaskKind::none
+                        ? exponentials(x, e, valid, factor, factor * top)
+                        : exponentials(scratch, e, valid, 1.0f, top);
+  normalize(e, y, valid, sum);
+  if (valid < p.n) fill_zero(y, valid, p.n);
+}
+
+template <class X, class Y>
+LLMOPS_INLINE void forward_mask(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid,
+                                float* scratch) {
+  if (p.mask_kind != MaskKind::additive || p.mask_type == DType::f32)
+    forward<X, Y, float>(p, row, valid, scratch);
+  else if (p.mask_type == DType::bf16)
+    forward<X, Y, bf16>(p, row, valid, scratch);
+  else
+    forward<X, Y, fp16>(p, row, valid, scratch);
+}
+
+template <class Y, class X>
+LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* dx) {
+  Vec s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+      s[j] = fma(load(y + i + j * W), load(dy + i + j * W), s[j]);
+    }
+  }
+  for (; i < n; i += W) {
+    const int left = n - i < W ? static_cast<int>(n - i) : W;
+    s[0] = fma(load_n(y + i, left), load_n(dy + i, left), s[0]);
+  }
+  const Vec dot = set1(combine_add(s)), factor = set1(scale);
+  for (i = 0; i + kBlock <= n; i += kBlock) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+      const int64_t k = i + j * W;
+      store(dx + k, load(y + k) * factor * (load(dy + k) - dot));
+    }
+  }
+  for (; i < n; i += W) {
+    const int left = n - i < W ? static_cast<int>(n - i) : W;
+    store_n(dx + i, load_n(y + i, left) * factor * (load_n(dy + i, left) - dot), left);
+  }
+}
+
+}  // namespace
+
+void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid, float* scratch) {
+  LLMOPS_DISPATCH(p.x_type, X, LLMOPS_DISPATCH(p.y_type, Y, {
+                    forward_mask<X, Y>(p, row, valid, scratch);
+                  }));
+}
+
+void softmax_bwd_row(DType y_type, DType dx_type, int64_t n, float scale, const void* y,
+                     const void* dy, void* dx) {
+  LLMOPS_DISPATCH(y_type, Y, LLMOPS_DISPATCH(dx_type, X, {
+                    backward(n, scale, static_cast<const Y*>(y), static_cast<const Y*>(dy),
+                             static_cast<X*>(dx));
+                  }));
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA

@@ -1,0 +1,216 @@
+"""Builds llmops._C: one library on torch's stable ABI and CPython's limited API.
+
+A generated build.ninja compiles each CPU kernel source once per instruction set with that set's
+flags, the bindings against torch's headers, and the CUDA sources with nvcc when they are wanted.
+torch.utils.cpp_extension is not used: it knows no per-source flags, and switches CUDA off when the
+torch at hand is a CPU build.
+
+Environment: LLMOPS_CUDA=0|1 forces CUDA off or on, LLMOPS_CUDA_ARCHS="80;90a" narrows the targets,
+LLMOPS_BUILD=0 builds no extension at all (reference only), MAX_JOBS limits parallel compilers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# LibTorch's stable ABI as of torch 2.11: the library loads on that version and every later one.
+TORCH_TARGET = "0x020b000000000000"
+ISA_FLAGS = {
+    "scalar": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
+    "-mprefer-vector-width=512",
+    "avx512_bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
+    "-mprefer-vector-width=512",
+}
+if not IS_X86:
+    ISA_FLAGS = {"scalar": "-DLLMOPS_SCALAR_ONLY"}
+COMMON = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno"
+# GCC 12 warns of uninitialized values inside its own AVX-512 headers.
+# Kernels take status codes, not exceptions, and own no static state that needs a guard.
+KERNEL = "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wno-unknown-pragmas -Wno-maybe-uninitialized"
+CUDA_ARCHS = "80;90a;100a;120"
+
+
+def torch_root() -> Path:
+    """The installed torch's folder, found without importing it.
+
+    In an isolated build sys.path holds only the build requirements, but sysconfig still names the
+    site-packages of the environment the wheel is for: that torch is the one to build against.
+    """
+    candidates = [Path(p) for p in sys.path if p]
+    candidates += [Path(sysconfig.get_paths()[k]) for k in ("purelib", "platlib")]
+    for folder in candidates:
+        if (folder / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
+            return folder / "torch"
+    raise SystemExit(
+        "llmops: building the extension needs torch >= 2.11 (its headers), and none was found in "
+        f"{[str(c) for c in candidates]}. Install torch first, or set LLMOPS_BUILD=0 for a "
+        "build without compiled kernels."
+    )
+
+
+def torch_cuda_version(root: Path) -> str | None:
+    match = re.search(r"^cuda.*= '([\d.]+)'", (root / "version.py").read_text(), re.MULTILINE)
+    return match.group(1) if match else None
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    return Path(found) if found else None
+
+
+def nvcc_toolkit(nvcc: Path) -> Path:
+    """The toolkit's folder as nvcc itself sees it: the nvcc on PATH may be a wrapper script."""
+    text = subprocess.run(
+        [str(nvcc), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False
+    ).stderr
+    match = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
+    return Path(match.group(1)).resolve() if match else nvcc.resolve().parent.parent
+
+
+def cuda_wanted(torch: Path) -> Path | None:
+    choice = os.environ.get("LLMOPS_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"llmops: LLMOPS_CUDA must be 0 or 1, got {choice!r}")
+    nvcc = find_nvcc()
+    if choice == "1" and nvcc is None:
+        raise SystemExit("llmops: LLMOPS_CUDA=1, but no nvcc is on PATH or under CUDA_HOME")
+    if choice == "0" or nvcc is None or (choice == "auto" and torch_cuda_version(torch) is None):
+        return None
+    return nvcc
+
+
+def gencode(archs: str) -> str:
+    """nvcc flags: machine code for each architecture, and PTX of the last for what comes later."""
+    names = [a for a in re.split(r"[;, ]+", archs) if a]
+    for name in names:
+        if not re.fullmatch(r"\d+[af]?", name):
+            raise SystemExit(f"llmops: LLMOPS_CUDA_ARCHS: {name!r} is no architecture such as 90a")
+    flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in names]
+    flags.append(f"-gencode arch=compute_{names[-1]},code=compute_{names[-1]}")
+    return " ".join(flags)
+
+
+def quote(path: object) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaFile:
+    """Writes build.ninja: rules with dependency files, so that touching a header rebuilds only
+    what includes it."""
+
+    def __init__(self) -> None:
+        self.lines = ["ninja_required_version = 1.5"]
+        self.objects: list[Path] = []
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: Path, output: Path, flags: str) -> None:
+        self.lines += [f"build {quote(output)}: {rule} {quote(source)}", f"  flags = {flags}"]
+        self.objects.append(output)
+
+    def link(self, output: Path, flags: str) -> None:
+        objects = " ".join(quote(o) for o in self.objects)
+        self.lines += [f"build {quote(output)}: link {objects}", f"  flags = {flags}"]
+        self.lines += [f"default {quote(output)}", ""]
+
+
+class NinjaBuildExt(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_root()
+        objects = Path(self.build_temp).resolve() / "objects"
+        objects.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        build_file = objects / "build.ninja"
+        text = self.ninja_text(torch, objects, output)
+        if not build_file.exists() or build_file.read_text() != text:
+            build_file.write_text(text)
+        command = [self.ninja(), "-C", str(objects)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        subprocess.run(command, check=True)
+
+    @staticmethod
+    def ninja() -> str:
+        try:
+            import ninja
+        except ImportError:
+            found = shutil.which("ninja")
+            if found is None:
+                raise SystemExit("llmops: the build needs ninja (pip install ninja)") from None
+            return found
+        return str(Path(ninja.BIN_DIR) / "ninja")
+
+    def ninja_text(self, torch: Path, objects: Path, output: Path) -> str:
+        cxx = os.environ.get("CXX", "c++")
+        nvcc = cuda_wanted(torch)
+        csrc = ROOT / "csrc"
+        target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
+        binding_flags = (
+            f"{target} -I{quote(csrc)} -isystem {quote(torch / 'include')} "
+            f"-isystem {quote(torch / 'include/torch/csrc/api/include')}"
+        )
+        file = NinjaFile()
+        extra = os.environ.get("CXXFLAGS", "")
+        file.rule("cxx", f"{cxx} -MMD -MF $out.d {COMMON} $flags {extra} -c $in -o $out")
+        file.rule("link", f"{cxx} -shared $in $flags -o $out", depfile=False)
+        python_include = f"-I{quote(sysconfig.get_paths()['include'])}"
+        file.compile("cxx", csrc / "module.cpp", objects / "module.o", python_include)
+        file.compile("cxx", csrc / "cpu" / "isa.cpp", objects / "isa.o", self.isa_define())
+        for source in sorted((csrc / "cpu").glob("*.cpp")):
+            if source.name == "isa.cpp":
+                continue
+            for isa, flags in ISA_FLAGS.items():
+                obj = objects / f"{source.stem}.{isa}.o"
+                file.compile("cxx", source, obj, f"-DLLMOPS_ISA={isa} {KERNEL} {flags}")
+        cuda_define = "-DLLMOPS_WITH_CUDA" if nvcc else ""
+        for source in sorted((csrc / "bindings").glob("*.cpp")):
+            flags = f"{binding_flags} {cuda_define} {self.isa_define()}"
+            file.compile("cxx", source, objects / f"binding.{source.stem}.o", flags)
+        libs = f"-L{quote(torch / 'lib')} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
+        if nvcc:
+            archs = gencode(os.environ.get("LLMOPS_CUDA_ARCHS", CUDA_ARCHS))
+            file.rule(
+                "nvcc",
+                f"{quote(nvcc)} -MMD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+                f" --expt-relaxed-constexpr -lineinfo {archs} $flags -c $in -o $out",
+            )
+            for source in sorted((csrc / "cuda").glob("*.cu")):
+                file.compile("nvcc", source, objects / f"cuda.{source.stem}.o", "")
+            toolkit = nvcc_toolkit(nvcc)
+            folder = next((d for d in ("lib64", "lib") if (toolkit / d).is_dir()), "lib64")
+            # Static runtime: the library loads where no CUDA is installed.
+            libs += f" -L{quote(toolkit / folder)} -lcudart_static -ldl -lrt -lpthread"
+        file.link(output, libs)
+        return "\n".join(file.lines)
+
+    @staticmethod
+    def isa_define() -> str:
+        return "" if IS_X86 else "-DLLMOPS_SCALAR_ONLY"
+
+
+BUILD = os.environ.get("LLMOPS_BUILD", "1") != "0"
+setup(
+    ext_modules=[Extension("llmops._C", ["csrc/module.cpp"], py_limited_api=True)] if BUILD else [],
+    cmdclass={"build_ext": NinjaBuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD else {},
+)
