@@ -1,0 +1,47 @@
+"""llmops: fused kernels for language models, as torch custom ops.
+
+One set of operator schemas, three kernel backends (C++ on CPU, Triton, CUDA C++), each with forward
+and backward. `llmops.info()` says what is usable here; `llmops.explain(op, ...)` which kernel a
+call would run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
+from llmops.ops.softmax import softmax
+
+if TYPE_CHECKING:
+    from llmops import nn as nn
+    from llmops.report import backends as backends
+    from llmops.report import info as info
+
+__version__ = "0.1.0"
+
+# Every public operator; explain(), the support matrix and the conformance kit go by this list.
+OPERATORS = ("softmax",)
+
+# Loaded on first use: a plain import stays as quick as torch's own.
+_LAZY = {
+    "info": "llmops.report",
+    "backends": "llmops.report",
+}
+
+__all__ = [
+    "OPERATORS",
+    "Decision",
+    "FallbackWarning",
+    "backends",
+    "explain",
+    "info",
+    "softmax",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'llmops' has no attribute {name!r}")

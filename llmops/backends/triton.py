@@ -1,0 +1,23 @@
+"""The Triton kernels, for GPUs. None is there yet: every call is refused with that reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmops.dispatch import Call
+
+
+def available() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install llmops-kernels[triton]"
+    return "this version of llmops has no Triton kernels yet"
+
+
+def supports(call: Call) -> str | None:
+    return available()
+
+
+def describe(call: Call) -> str:
+    return f"Triton {call.op}"

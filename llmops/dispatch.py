@@ -1,0 +1,247 @@
+"""Which backend serves a call: decided once per (op, device, dtype, features), then looked up.
+
+A request comes from the `backend=` argument, else the enclosing `use_backend`, else the environment
+variable LLMOPS_BACKEND, else it is "auto". A named backend is strict: it serves or raises with its
+reason. "auto" takes the first of the device's list that can, and warns once per reason when that
+is the reference.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from llmops import backends
+
+# Highest priority first. "reference" closes every list: plain PyTorch runs anywhere.
+PRIORITY: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+NAMES = ("cpu", "triton", "cuda", "reference", "auto")
+
+
+class FallbackWarning(UserWarning):
+    """A call under "auto" runs on the reference, in plain PyTorch, and not on a kernel."""
+
+
+class Call(NamedTuple):
+    """What a backend needs to know to say whether it can serve."""
+
+    op: str
+    device: str  # device type: "cpu", "cuda", ...
+    dtype: torch.dtype
+    features: tuple[str, ...] = ()  # beyond the plain form, e.g. ("mask", "causal")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `explain` returns: the backend that serves, its kernel, and why the others do not."""
+
+    call: Call
+    requested: str
+    backend: str | None
+    kernel: str | None
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        call = self.call
+        what = f"{call.op} on {call.device}, {str(call.dtype).removeprefix('torch.')}"
+        if call.features:
+            what += f", {', '.join(call.features)}"
+        lines = [f"{what} (requested: {self.requested})"]
+        lines.append(f"  served by {self.backend}: {self.kernel}" if self.backend else "  refused")
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+class _State(threading.local):
+    """The innermost `use_backend` of this thread."""
+
+    requested: Any = None
+
+
+_state = _State()
+_is_compiling = torch.compiler.is_compiling
+_table: dict[Any, str] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+class _Explain:
+    """Stands in for a request during `explain`: it misses the table, so `_decide` sees it."""
+
+    def __init__(self, requested: str) -> None:
+        self.requested = requested
+
+
+class _Explained(Exception):
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+
+def _check_name(name: object, where: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{where}: backend is one of {', '.join(NAMES)}; got {name!r}")
+
+
+class use_backend:
+    """Context manager: calls inside, in this thread, use `name` unless they name another.
+
+    >>> with llmops.use_backend("reference"):
+    ...     y = llmops.softmax(x)
+    """
+
+    def __init__(self, name: str) -> None:
+        _check_name(name, "llmops.use_backend")
+        self.name = name
+        self.previous: list[Any] = []
+
+    def __enter__(self) -> use_backend:
+        self.previous.append(_state.requested)
+        _state.requested = self.name
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _state.requested = self.previous.pop()
+
+
+def resolve(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    features: tuple[str, ...] = (),
+    backend: str | None = None,
+) -> str:
+    """The name of the backend that serves this call; raises where a named one cannot."""
+    enclosing = _state.requested
+    if _is_compiling():
+        requested = backend if backend is not None else enclosing
+        return _resolve_constant(op, device.type, dtype, features, requested)
+    # The enclosing explain() must see the call even when an argument names the backend.
+    if type(enclosing) is _Explain:
+        return _decide(op, device, dtype, features, backend, enclosing)
+    requested = backend if backend is not None else enclosing
+    key = (op, device, dtype, features, requested)
+    found = _table.get(key)
+    if found is None:
+        found = _table[key] = _decide(op, device, dtype, features, requested, None)
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _resolve_constant(
+    op: str, device: str, dtype: torch.dtype, features: tuple[str, ...], requested: str | None
+) -> str:
+    """resolve() for torch.compile, which need not trace how the answer was found."""
+    return _decide(op, torch.device(device), dtype, features, requested, None)
+
+
+def _environment() -> str:
+    name = os.environ.get("LLMOPS_BACKEND", "auto")
+    _check_name(name, "environment variable LLMOPS_BACKEND")
+    return name
+
+
+def _decide(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    features: tuple[str, ...],
+    requested: str | None,
+    explain: _Explain | None,
+) -> str:
+    if explain is not None:
+        requested = requested or explain.requested
+    if requested is None:
+        requested = _environment()
+    _check_name(requested, f"llmops.{op}")
+    call = Call(op, device.type, dtype, features)
+    decision = decide(call, requested)
+    if explain is not None:
+        raise _Explained(decision)
+    if decision.backend is None:
+        reason = decision.rejected[requested]
+        raise NotImplementedError(
+            f'llmops.{op}: backend "{requested}" cannot serve this call: {reason}. '
+            'Use backend="auto" to let one that can serve it.'
+        )
+    if requested == "auto" and decision.backend == "reference":
+        _warn_fallback(decision)
+    return decision.backend
+
+
+def decide(call: Call, requested: str = "auto") -> Decision:
+    """The whole decision for a call, without running or warning."""
+    if requested == "auto":
+        # Meta and other devices without kernels take the CPU's answer for shapes.
+        order = PRIORITY.get(call.device, ("reference",))
+    else:
+        order = (requested,)
+    rejected: dict[str, str] = {}
+    for name in order:
+        backend = backends.get(name)
+        reason = backend.supports(call)
+        if reason is None:
+            return Decision(call, requested, name, backend.describe(call), rejected)
+        rejected[name] = reason
+    return Decision(call, requested, None, None, rejected)
+
+
+def _warn_fallback(decision: Decision) -> None:
+    reasons = "; ".join(f"{name}: {why}" for name, why in decision.rejected.items())
+    key = (decision.call.op, reasons)
+    if key in _warned:
+        return
+    _warned.add(key)
+    warnings.warn(
+        f"llmops.{decision.call.op} runs on the reference (plain PyTorch, slower): "
+        f"{reasons or 'no backend for device ' + decision.call.device}. "
+        'backend="reference" asks for it without this warning.',
+        FallbackWarning,
+        stacklevel=5,
+    )
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Decision:
+    """Which backend and kernel would serve this call, and why the others would not.
+
+    Args:
+        op: a public function's name or the function itself, e.g. "softmax".
+        *args, **kwargs: the call's arguments, `backend` included. They are checked as in a call;
+            nothing is computed.
+
+    Returns:
+        Decision, with `backend`, `kernel`, `rejected` (name -> reason); printing it tells it all.
+
+    >>> print(llmops.explain("softmax", torch.randn(4, 8), causal=True))
+    """
+    import llmops
+
+    function = op
+    if isinstance(op, str):
+        if op not in llmops.OPERATORS:
+            raise ValueError(
+                f"llmops.explain: no operator {op!r}; there are {', '.join(llmops.OPERATORS)}"
+            )
+        function = getattr(llmops, op)
+    assert callable(function)
+    previous = _state.requested
+    _state.requested = _Explain(previous if isinstance(previous, str) else _environment())
+    try:
+        function(*args, **kwargs)
+    except _Explained as explained:
+        return explained.decision
+    finally:
+        _state.requested = previous
+    raise ValueError(f"llmops.explain: {op!r} does not choose a backend")
+
+
+def clear() -> None:
+    """Forgets all decisions, so that a changed environment or instruction set is seen."""
+    _table.clear()

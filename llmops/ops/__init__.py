@@ -1,0 +1,1 @@
+"""The operators' front doors, one module each: public function, checks, schema, autograd."""

@@ -1,0 +1,349 @@
+"""Every operator in plain PyTorch: the specification the kernels are held to.
+
+Nothing here is fast and nothing is clever. 16-bit inputs are computed in fp32 and rounded once at
+the end; fp64 inputs are computed in fp64. All of it is differentiable by torch's own autograd, as
+often as one likes; double backward of the kernels goes through here.
+
+Signatures are those of the public functions, less `backend`; docstrings there have the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _causal_keep(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[Tq, Tk] bool, True keeps; bottom-right aligned: the last query sees every key."""
+    rows = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    return torch.arange(keys, device=device)[None, :] <= rows
+
+
+def _softmax_or_zero(logits: Tensor) -> Tensor:
+    """Softmax over the last dim; a row of -inf only gives zeros, and zero gradients."""
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    out_dtype = dtype or x.dtype
+    logits = _wide(x) * scale
+    if out_dtype == torch.float64:
+        logits = logits.double()
+    if mask is not None:
+        keep = mask.dtype == torch.bool
+        logits = logits.masked_fill(~mask, -math.inf) if keep else logits + mask.to(logits.dtype)
+    if causal:
+        keep = _causal_keep(x.shape[-2], x.shape[-1], x.device)
+        logits = logits.masked_fill(~keep, -math.inf)
+    zero_rows = mask is not None or causal
+    if zero_rows and dim % x.dim() == x.dim() - 1:
+        return _softmax_or_zero(logits).to(out_dtype)
+    if zero_rows:
+        return _softmax_or_zero(logits.transpose(dim, -1)).transpose(dim, -1).to(out_dtype)
+    return torch.softmax(logits, dim).to(out_dtype)
+
+
+def softmax_bwd(grad: Tensor, y: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """dx over the last dim from the forward's result: scale * y * (grad - sum(grad * y))."""
+    g, p = _wide(grad), _wide(y)
+    return (scale * p * (g - (g * p).sum(-1, keepdim=True))).to(dtype)
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Materializes the [B, H, Tq, Tk] scores, which is what a kernel must not do."""
+    group = q.shape[1] // max(k.shape[1], 1)
+    wq, wk, wv = _wide(q), _wide(k), _wide(v)
+    if group > 1:
+        wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
+    queries, keys = q.shape[2], k.shape[2]
+    scores = wq @ wk.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = (
+        torch.arange(keys, device=q.device)[None, :]
+        - torch.arange(queries, device=q.device)[:, None]
+        - (keys - queries)
+    )
+    if alibi_slopes is not None:
+        slopes = alibi_slopes if alibi_slopes.dim() == 2 else alibi_slopes[None]
+        scores = scores - slopes[:, :, None, None].to(scores.dtype) * distance.abs()
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + _wide(mask)
+    if causal:
+        scores = scores.masked_fill(distance > 0, -math.inf)
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            scores = scores.masked_fill(distance < -left, -math.inf)
+        if right >= 0:
+            scores = scores.masked_fill(distance > right, -math.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = _softmax_or_zero(scores)[..., :keys]
+    # A masked key's value is out of range: even 0 * NaN must not reach the output.
+    out = (weights @ wv).to(q.dtype)
+    if not return_lse:
+        return out
+    if scores.shape[-1] == 0:
+        return out, scores.new_full(scores.shape[:3], -math.inf)
+    empty = (scores == -math.inf).all(-1)
+    lse = torch.logsumexp(scores.masked_fill(empty[..., None], 0.0), -1)
+    return out, lse.masked_fill(empty, -math.inf).to(
+        torch.float64 if q.dtype == torch.float64 else torch.float32
+    )
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    empty = lse == -math.inf
+    weight_a = torch.exp(lse_a - lse.masked_fill(empty, 0.0))[..., None]
+    weight_b = torch.exp(lse_b - lse.masked_fill(empty, 0.0))[..., None]
+    return (_wide(out_a) * weight_a + _wide(out_b) * weight_b).to(out_a.dtype), lse
+
+
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+def _dims(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    return tuple(range(-len(shape), 0))
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims, wide = _dims(normalized_shape), _wide(x)
+    centered = wide - wide.mean(dims, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(wide.dtype)
+    if bias is not None:
+        y = y + bias.to(wide.dtype)
+    return y.to(x.dtype)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    dims, wide = _dims(normalized_shape), _wide(x)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(wide.dtype) + weight_offset)
+    return y.to(x.dtype)
+
+
+def _add(x: Tensor, residual: Tensor) -> Tensor:
+    return (_wide(x) + _wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    total = _add(x, residual)
+    return layer_norm(total, normalized_shape, weight, bias, eps).to(x.dtype), total
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    total = _add(x, residual)
+    normed = rms_norm(total, normalized_shape, weight, eps, weight_offset=weight_offset)
+    return normed.to(x.dtype), total
+
+
+# ---- positions -----------------------------------------------------------------------------------
+
+
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> Tensor:
+    if cos.dim() == 3:  # already gathered: [B, T, R/2]
+        c, s = cos[:, None], sin[:, None]
+    elif position_ids is None:
+        c, s = cos[None, None, : x.shape[-2]], sin[None, None, : x.shape[-2]]
+    elif position_ids.dim() == 1:
+        c, s = cos[position_ids][None, None], sin[position_ids][None, None]
+    else:
+        c, s = cos[position_ids][:, None], sin[position_ids][:, None]
+    rotated = 2 * cos.shape[-1]
+    wide = _wide(x)
+    c, s = c.to(wide.dtype), s.to(wide.dtype)
+    s = -s if inverse else s
+    turn, rest = wide[..., :rotated], wide[..., rotated:]
+    if interleaved:
+        a, b = turn[..., 0::2], turn[..., 1::2]
+        turned = torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+    else:
+        a, b = turn.chunk(2, -1)
+        turned = torch.cat([a * c - b * s, b * c + a * s], -1)
+    return torch.cat([turned, rest], -1).to(x.dtype)
+
+
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return (
+        rope(q, cos, sin, position_ids, interleaved=interleaved, inverse=inverse),
+        rope(k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse),
+    )
+
+
+# ---- activations ---------------------------------------------------------------------------------
+
+
+def _gate_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    first, second = gate.chunk(2, -1)
+    return first, second
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    g, u = _gate_up(gate, up)
+    return (F.silu(_wide(g)) * _wide(u)).to(gate.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none") -> Tensor:
+    g, u = _gate_up(gate, up)
+    return (F.gelu(_wide(g), approximate=approximate) * _wide(u)).to(gate.dtype)
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    return F.gelu(_wide(x), approximate=approximate).to(x.dtype)
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    padding_idx: int | None = None,
+    positions: Tensor | None = None,
+    position_weight: Tensor | None = None,
+) -> Tensor:
+    out = F.embedding(tokens, weight, padding_idx=padding_idx)
+    if position_weight is None:
+        return out
+    if positions is None:
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+    return (_wide(out) + _wide(F.embedding(positions, position_weight))).to(weight.dtype)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    uniform = torch.rand(logits.shape[0], generator=generator, device=logits.device)
+    probabilities = sample_probabilities(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    # Inverse distribution in token order: the first token whose cumulative sum exceeds u.
+    cumulative = probabilities.double().cumsum(-1)
+    target = uniform.double()[:, None] * cumulative[:, -1:]
+    return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def sample_probabilities(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """[B, V] fp32: the distribution `sample` draws from; filters apply in the order of arguments,
+    top_p and min_p to the distribution renormalized after the filter before."""
+    scaled = _wide(logits) / temperature
+    if top_k > 0:
+        limit = scaled.topk(min(top_k, scaled.shape[-1]), -1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < limit, -math.inf)
+    if top_p < 1.0:
+        ordered, order = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        scaled = scaled.masked_fill(drop, -math.inf)
+    if min_p > 0.0:
+        p = scaled.softmax(-1)
+        scaled = scaled.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+    return scaled.softmax(-1)
