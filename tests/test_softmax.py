@@ -1,0 +1,104 @@
+"""softmax: the conformance kit, and what is particular to it."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import llmops
+from llmops import reference
+from llmops.testing import Target, assert_close, suite, targets
+from llmops.testing.specs.softmax import SPEC, torch_softmax
+
+globals().update(suite(SPEC))
+
+TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+
+
+@TARGETS
+def test_softmax_fully_masked_rows(target: Target) -> None:
+    x = torch.randn(4, 33, requires_grad=True)
+    mask = torch.ones(4, 33, dtype=torch.bool)
+    mask[1] = False
+    with target.active():
+        y = llmops.softmax(x, mask=mask, backend=target.backend)
+        y.square().sum().backward()
+    assert x.grad is not None
+    assert bool((y[1] == 0).all()) and bool((x.grad[1] == 0).all())
+    assert bool(x.grad.isfinite().all())
+    # Without a mask a row of -inf is NaN, as in torch; infinity in the row too.
+    hopeless = torch.full((1, 20), -math.inf)
+    with target.active():
+        assert bool(llmops.softmax(hopeless, backend=target.backend).isnan().all())
+        hopeless[0, 3] = math.inf
+        assert bool(llmops.softmax(hopeless, backend=target.backend).isnan().any())
+
+
+@TARGETS
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_softmax_hypothesis(target: Target, data: st.DataObject) -> None:
+    """Shapes, strides, masks and dtypes at random."""
+    shape = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    n = data.draw(st.integers(1, 90))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    step, gap = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    x = torch.randn(*shape, n * step + gap).to(dtype)[..., : n * step : step]
+    order = data.draw(st.permutations(range(x.dim() - 1)))
+    x = x.permute(*order, x.dim() - 1)
+    mask = None
+    kind = data.draw(st.sampled_from(("none", "bool", "float")))
+    if kind != "none":
+        mask_shape = [data.draw(st.sampled_from((1, s))) for s in x.shape]
+        mask = torch.rand(mask_shape) < 0.7 if kind == "bool" else torch.randn(mask_shape).to(dtype)
+    causal = data.draw(st.booleans())
+    scale = data.draw(st.floats(-3, 3))
+    arguments = {"scale": scale, "mask": mask, "causal": causal}
+    with target.active():
+        got = llmops.softmax(x, backend=target.backend, **arguments)
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    oracle = reference.softmax(x.double(), scale=scale, mask=wide, causal=causal)
+    assert_close(got, oracle, torch_softmax(x, **arguments), factor=2.0, what="softmax")
+
+
+def test_softmax_rows_sum_to_one_and_shift_invariant() -> None:
+    x = torch.randn(50, 777) * 5
+    y = llmops.softmax(x)
+    assert torch.allclose(y.sum(-1), torch.ones(50), atol=1e-6)
+    # exp amplifies the rounding of x + 100 (half an ulp of 100) into a relative error of y.
+    assert torch.allclose(llmops.softmax(x + 100), y, rtol=2 * 64 * torch.finfo(x.dtype).eps)
+
+
+def test_softmax_rejects_bad_input() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(TypeError, match=r"llmops.softmax: x has dtype int64.*x\.float\(\)"):
+        llmops.softmax(torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="x must be a Tensor; got list"):
+        llmops.softmax([1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dim must be in \[-2, 1\].*got 2"):
+        llmops.softmax(x, 2)
+    with pytest.raises(ValueError, match="causal=True needs"):
+        llmops.softmax(x, 0, causal=True)
+    with pytest.raises(ValueError, match=r"mask of shape \(5,\) does not broadcast"):
+        llmops.softmax(x, mask=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be a bool"):
+        llmops.softmax(x, mask=torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="backend is one of"):
+        llmops.softmax(x, backend="gpu")
+    with pytest.raises(NotImplementedError, match='backend "triton" cannot serve'):
+        llmops.softmax(x, backend="triton")
+    with pytest.raises(TypeError, match="dtype must be a floating-point"):
+        llmops.softmax(x, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"float64.*Use backend="):
+        llmops.softmax(x.double(), backend="cpu")
+
+
+def test_softmax_forward_mode_refused() -> None:
+    x = torch.randn(3)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(llmops.softmax, (x,), (x,))
