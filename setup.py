@@ -39,9 +39,12 @@ ISA_FLAGS = {
 if not IS_X86:
     ISA_FLAGS = {"scalar": "-DLLMOPS_SCALAR_ONLY"}
 COMMON = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno"
+# Kernels return, they do not throw, and own no static state that needs a guard. The last flag:
 # GCC 12 warns of uninitialized values inside its own AVX-512 headers.
-# Kernels take status codes, not exceptions, and own no static state that needs a guard.
-KERNEL = "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wno-unknown-pragmas -Wno-maybe-uninitialized"
+KERNEL = (
+    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wno-unknown-pragmas "
+    "-Wno-maybe-uninitialized"
+)
 CUDA_ARCHS = "80;90a;100a;120"
 
 
@@ -133,7 +136,7 @@ class NinjaFile:
         self.lines += [f"default {quote(output)}", ""]
 
 
-class NinjaBuildExt(build_ext):
+class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
         objects = Path(self.build_temp).resolve() / "objects"

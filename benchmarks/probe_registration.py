@@ -120,28 +120,33 @@ def can(check: Callable[[], bool]) -> str:
         return type(error).__name__
 
 
+def row(name: str, form: Callable[[Tensor], Tensor]) -> str:
+    x, one = torch.randn(2, 4), torch.ones(2, 4)
+    leaf = x.clone().requires_grad_()
+
+    def loss(t: Tensor) -> Tensor:
+        return form(t).square().sum()
+
+    with torch.inference_mode():
+        inference = microseconds(lambda: form(x))
+    with torch.no_grad():
+        no_grad = microseconds(lambda: form(leaf))
+    grad = microseconds(lambda: form(leaf))
+    both = float("nan")
+    if name not in ("raw C++ operator", "custom_op"):  # these have no gradient
+        both = microseconds(lambda: torch.autograd.grad(form(leaf), leaf, one))
+    want = torch.func.grad(lambda t: torch.softmax(t, -1).square().sum())(x)
+    func = can(lambda: torch.allclose(torch.func.grad(loss)(x), want))
+    return f"{name:36} {inference:9.2f} {no_grad:8.2f} {grad:8.2f} {both:8.2f}  {func}"
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    x = torch.randn(2, 4)
-    leaf = x.clone().requires_grad_()
-    want = torch.func.grad(lambda t: torch.softmax(t, -1).square().sum())(x)
-    print(f"{'form':36} {'inference':>9} {'no_grad':>8} {'grad fwd':>8} {'fwd+bwd':>8}  func.grad")
+    print(
+        f"{'us per call':36} {'inference':>9} {'no_grad':>8} {'grad fwd':>8} {'fwd+bwd':>8}  func"
+    )
     for name, form in FORMS.items():
-        with torch.inference_mode():
-            inference = microseconds(lambda: form(x))
-        with torch.no_grad():
-            no_grad = microseconds(lambda: form(leaf))
-        grad = microseconds(lambda: form(leaf))
-        one = torch.ones(2, 4)
-        both = (
-            microseconds(lambda: torch.autograd.grad(form(leaf), leaf, one))
-            if name not in ("raw C++ operator", "custom_op")
-            else float("nan")
-        )
-        func = can(
-            lambda: torch.allclose(torch.func.grad(lambda t: form(t).square().sum())(x), want)
-        )
-        print(f"{name:36} {inference:9.2f} {no_grad:8.2f} {grad:8.2f} {both:8.2f}  {func}")
+        print(row(name, form))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr,
-                                    nullptr,               nullptr, nullptr, nullptr};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

@@ -14,8 +14,6 @@ from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
 from llmops.ops.softmax import softmax
 
 if TYPE_CHECKING:
-    from llmops import nn as nn
-    from llmops.report import backends as backends
     from llmops.report import info as info
 
 __version__ = "0.1.0"
@@ -26,7 +24,6 @@ OPERATORS = ("softmax",)
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
     "info": "llmops.report",
-    "backends": "llmops.report",
 }
 
 __all__ = [
@@ -39,6 +36,13 @@ __all__ = [
     "softmax",
     "use_backend",
 ]
+
+
+def backends() -> dict[str, str | None]:  # (the submodule of that name is reached by import)
+    """Each backend's name with None where it is usable here, else the reason it is not."""
+    from llmops import report
+
+    return report.backends()
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llmops import backends
+from llmops.backends import get
 
 # Highest priority first. "reference" closes every list: plain PyTorch runs anywhere.
 PRIORITY: dict[str, tuple[str, ...]] = {
@@ -185,7 +185,7 @@ def decide(call: Call, requested: str = "auto") -> Decision:
         order = (requested,)
     rejected: dict[str, str] = {}
     for name in order:
-        backend = backends.get(name)
+        backend = get(name)
         reason = backend.supports(call)
         if reason is None:
             return Decision(call, requested, name, backend.describe(call), rejected)

@@ -47,8 +47,8 @@ def softmax(
     if out_dtype == torch.float64:
         logits = logits.double()
     if mask is not None:
-        keep = mask.dtype == torch.bool
-        logits = logits.masked_fill(~mask, -math.inf) if keep else logits + mask.to(logits.dtype)
+        boolean = mask.dtype == torch.bool
+        logits = logits.masked_fill(~mask, -math.inf) if boolean else logits + mask.to(logits.dtype)
     if causal:
         keep = _causal_keep(x.shape[-2], x.shape[-1], x.device)
         logits = logits.masked_fill(~keep, -math.inf)
@@ -339,7 +339,7 @@ def sample_probabilities(
         limit = scaled.topk(min(top_k, scaled.shape[-1]), -1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < limit, -math.inf)
     if top_p < 1.0:
-        ordered, order = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+        ordered, order = scaled.softmax(-1).sort(stable=True, dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         scaled = scaled.masked_fill(drop, -math.inf)

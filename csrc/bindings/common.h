@@ -23,8 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Error text without the file and line that torch's own macro prepends: users read it.
-#define LLMOPS_CHECK(condition, ...)                              \
-  do {                                                            \
+#define LLMOPS_CHECK(condition, ...)                                  \
+  do {                                                                \
     if (!(condition)) throw std::runtime_error(message(__VA_ARGS__)); \
   } while (0)
 
@@ -39,10 +39,14 @@ inline const char* dtype_name(ScalarType type) { return torch::headeronly::toStr
 
 inline cpu::DType kernel_dtype(ScalarType type, const char* where) {
   switch (type) {
-    case ScalarType::Float: return cpu::DType::f32;
-    case ScalarType::BFloat16: return cpu::DType::bf16;
-    case ScalarType::Half: return cpu::DType::f16;
-    default: break;
+    case ScalarType::Float:
+      return cpu::DType::f32;
+    case ScalarType::BFloat16:
+      return cpu::DType::bf16;
+    case ScalarType::Half:
+      return cpu::DType::f16;
+    default:
+      break;
   }
   throw std::runtime_error(message(where, ": dtype ", dtype_name(type),
                                    " is not supported by the C++ kernels (float32, bfloat16 and "
@@ -52,12 +56,16 @@ inline cpu::DType kernel_dtype(ScalarType type, const char* where) {
 inline int64_t element_size(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
-    case ScalarType::Long: return 8;
+    case ScalarType::Long:
+      return 8;
     case ScalarType::Float:
-    case ScalarType::Int: return 4;
+    case ScalarType::Int:
+      return 4;
     case ScalarType::BFloat16:
-    case ScalarType::Half: return 2;
-    default: return 1;
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 1;
   }
 }
 

@@ -7,8 +7,10 @@
 
 #include "common.h"
 #ifdef LLMOPS_WITH_CUDA
-#include "cuda_common.h"
+#include <torch/csrc/stable/accelerator.h>
+
 #include "cuda/softmax.h"
+#include "cuda_common.h"
 #endif
 
 namespace llmops {
@@ -87,10 +89,9 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
   return y;
 }
 
-Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale,
-                       ScalarType x_type) {
-  LLMOPS_CHECK(shape_of(grad_in) == shape_of(y_in) &&
-                   grad_in.scalar_type() == y_in.scalar_type() && y_in.dim() >= 1,
+Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, ScalarType x_type) {
+  LLMOPS_CHECK(shape_of(grad_in) == shape_of(y_in) && grad_in.scalar_type() == y_in.scalar_type() &&
+                   y_in.dim() >= 1,
                "llmops.softmax_bwd: grad and y must agree in shape and dtype");
   const Tensor grad = last_dim_dense(grad_in), y = last_dim_dense(y_in);
   const cpu::DType y_type = kernel_dtype(y.scalar_type(), "llmops.softmax_bwd");
@@ -114,15 +115,42 @@ Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale,
   return dx;
 }
 
+#ifdef LLMOPS_WITH_CUDA
+// x [..., n] over its last dimension.
+Tensor softmax_fwd_cuda(const Tensor& x_in, double scale, ScalarType out_type) {
+  LLMOPS_CHECK(x_in.dim() >= 1 && out_type == x_in.scalar_type(),
+               "llmops.softmax: the CUDA kernel wants one dtype and at least one dimension");
+  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const int64_t n = x_in.size(-1);
+  const Tensor x = torch::stable::contiguous(x_in);
+  Tensor y = new_output(x, shape_of(x), out_type);
+  const int type = static_cast<int>(kernel_dtype(out_type, "llmops.softmax"));
+  const int64_t rows = n > 0 ? x.numel() / n : 0;
+  check_cuda(cuda::softmax_fwd(x.data_ptr(), y.data_ptr(), type, rows, n, n, n,
+                               static_cast<float>(scale), current_cuda_stream(x)),
+             "llmops.softmax");
+  return y;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("softmax_fwd(Tensor x, float scale, Tensor? mask, bool causal, ScalarType dtype) -> Tensor");
+  m.def(
+      "softmax_fwd(Tensor x, float scale, Tensor? mask, bool causal, ScalarType dtype) -> Tensor");
   m.def("softmax_bwd(Tensor grad, Tensor y, float scale, ScalarType dtype) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cpu));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cpu));
 }
+#ifdef LLMOPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cuda, m) {
+  m.def("softmax_fwd(Tensor x, float scale, ScalarType dtype) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(llmops_cuda, CUDA, m) {
+  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cuda));
+}
+#endif
 
 }  // namespace llmops

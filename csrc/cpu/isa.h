@@ -24,41 +24,41 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 }  // namespace llmops::cpu
 
 #ifdef LLMOPS_SCALAR_ONLY  // not x86-64: one copy, plain C++
-#define LLMOPS_CPU_KERNEL(ret, name, ...)  \
-  namespace llmops::cpu::scalar {          \
-  ret name(__VA_ARGS__);                   \
-  }                                        \
-  namespace llmops::cpu {                  \
-  using name##_fn = ret (*)(__VA_ARGS__);  \
-  constexpr name##_fn name##_table[] = {   \
-      &scalar::name,                       \
-      &scalar::name,                       \
-      &scalar::name,                       \
-      &scalar::name,                       \
-  };                                       \
+#define LLMOPS_CPU_KERNEL(ret, name, ...) \
+  namespace llmops::cpu::scalar {         \
+  ret name(__VA_ARGS__);                  \
+  }                                       \
+  namespace llmops::cpu {                 \
+  using name##_fn = ret (*)(__VA_ARGS__); \
+  constexpr name##_fn name##_table[] = {  \
+      &scalar::name,                      \
+      &scalar::name,                      \
+      &scalar::name,                      \
+      &scalar::name,                      \
+  };                                      \
   }
 #else
-#define LLMOPS_CPU_KERNEL(ret, name, ...)  \
-  namespace llmops::cpu::scalar {          \
-  ret name(__VA_ARGS__);                   \
-  }                                        \
-  namespace llmops::cpu::avx2 {            \
-  ret name(__VA_ARGS__);                   \
-  }                                        \
-  namespace llmops::cpu::avx512 {          \
-  ret name(__VA_ARGS__);                   \
-  }                                        \
-  namespace llmops::cpu::avx512_bf16 {     \
-  ret name(__VA_ARGS__);                   \
-  }                                        \
-  namespace llmops::cpu {                  \
-  using name##_fn = ret (*)(__VA_ARGS__);  \
-  constexpr name##_fn name##_table[] = {   \
-      &scalar::name,                       \
-      &avx2::name,                         \
-      &avx512::name,                       \
-      &avx512_bf16::name,                  \
-  };                                       \
+#define LLMOPS_CPU_KERNEL(ret, name, ...) \
+  namespace llmops::cpu::scalar {         \
+  ret name(__VA_ARGS__);                  \
+  }                                       \
+  namespace llmops::cpu::avx2 {           \
+  ret name(__VA_ARGS__);                  \
+  }                                       \
+  namespace llmops::cpu::avx512 {         \
+  ret name(__VA_ARGS__);                  \
+  }                                       \
+  namespace llmops::cpu::avx512_bf16 {    \
+  ret name(__VA_ARGS__);                  \
+  }                                       \
+  namespace llmops::cpu {                 \
+  using name##_fn = ret (*)(__VA_ARGS__); \
+  constexpr name##_fn name##_table[] = {  \
+      &scalar::name,                      \
+      &avx2::name,                        \
+      &avx512::name,                      \
+      &avx512_bf16::name,                 \
+  };                                      \
   }
 #endif
 

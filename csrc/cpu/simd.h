@@ -19,25 +19,25 @@
 #include "isa.h"
 
 // Runs `...` with the type T that a runtime DType names.
-#define LLMOPS_DISPATCH(dtype, T, ...)          \
-  do {                                          \
-    switch (dtype) {                            \
-      case ::llmops::cpu::DType::f32: {         \
-        using T = float;                        \
-        __VA_ARGS__;                            \
-        break;                                  \
-      }                                         \
-      case ::llmops::cpu::DType::bf16: {        \
-        using T = ::llmops::cpu::bf16;          \
-        __VA_ARGS__;                            \
-        break;                                  \
-      }                                         \
-      case ::llmops::cpu::DType::f16: {         \
-        using T = ::llmops::cpu::fp16;          \
-        __VA_ARGS__;                            \
-        break;                                  \
-      }                                         \
-    }                                           \
+#define LLMOPS_DISPATCH(dtype, T, ...)   \
+  do {                                   \
+    switch (dtype) {                     \
+      case ::llmops::cpu::DType::f32: {  \
+        using T = float;                 \
+        __VA_ARGS__;                     \
+        break;                           \
+      }                                  \
+      case ::llmops::cpu::DType::bf16: { \
+        using T = ::llmops::cpu::bf16;   \
+        __VA_ARGS__;                     \
+        break;                           \
+      }                                  \
+      case ::llmops::cpu::DType::f16: {  \
+        using T = ::llmops::cpu::fp16;   \
+        __VA_ARGS__;                     \
+        break;                           \
+      }                                  \
+    }                                    \
   } while (0)
 
 namespace llmops::cpu {

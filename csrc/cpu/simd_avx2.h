@@ -28,10 +28,10 @@ LLMOPS_INLINE __m128i narrow_bf16(__m256 x) {
   const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-  const __m256i bits = _mm256_srli_epi32(
-      _mm256_castps_si256(
-          _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan)),
-      16);
+  const __m256i bits =
+      _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                                             _mm256_castsi256_ps(quiet), nan)),
+                        16);
   // packus works within 128-bit halves: bring the two useful quarters together.
   return _mm256_castsi256_si128(
       _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0b11011000));
@@ -57,8 +57,8 @@ LLMOPS_INLINE void stream_fence() { _mm_sfence(); }
 // First n lanes of memory, `fill` in the rest; nothing past p[n-1] is read.
 LLMOPS_INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
   const Mask m = first_n(n);
-  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, _mm256_castps_si256(m.v)),
-                           m.v)};
+  return {
+      _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, _mm256_castps_si256(m.v)), m.v)};
 }
 // AVX2 has no masked 16-bit load: the few elements go through a buffer.
 template <class T>

@@ -39,7 +39,9 @@ LLMOPS_INLINE __m256i narrow_fp16(__m512 x) {
 }
 
 LLMOPS_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-LLMOPS_INLINE Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256((const __m256i*)p))}; }
+LLMOPS_INLINE Vec load(const bf16* p) {
+  return {widen_bf16(_mm256_loadu_si256((const __m256i*)p))};
+}
 LLMOPS_INLINE Vec load(const fp16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }
@@ -62,8 +64,8 @@ LLMOPS_INLINE Vec load_n(const bf16* p, int n, float fill = 0.0f) {
 }
 LLMOPS_INLINE Vec load_n(const fp16* p, int n, float fill = 0.0f) {
   const __mmask16 m = first_n(n).v;
-  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m,
-                             _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)))};
+  return {
+      _mm512_mask_mov_ps(_mm512_set1_ps(fill), m, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)))};
 }
 LLMOPS_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_n(n).v, a.v); }
 LLMOPS_INLINE void store_n(bf16* p, Vec a, int n) {

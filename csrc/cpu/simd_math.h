@@ -26,8 +26,8 @@ LLMOPS_INLINE Vec exp2(Vec x) {
 LLMOPS_INLINE Vec exp(Vec x) {
   x = min(set1(170.0f), max(set1(-170.0f), x));
   const Vec n = round(x * set1(kLog2e));
-  Vec r = fnma(n, set1(0.693359375f), x);       // ln 2, high part: n * high is exact
-  r = fnma(n, set1(-2.12194440e-4f), r);        // ln 2, low part
+  Vec r = fnma(n, set1(0.693359375f), x);  // ln 2, high part: n * high is exact
+  r = fnma(n, set1(-2.12194440e-4f), r);   // ln 2, low part
   Vec p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));
   p = fma(p, r, set1(8.3334519073e-3f));

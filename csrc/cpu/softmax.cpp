@@ -1,4 +1,5 @@
-// Row softmax: y = softmax(scale * x + mask), columns past the causal limit zero. Formula: softmax.h
+// Row softmax: y = softmax(scale * x + mask), columns past the causal limit zero. Formula:
+// softmax.h
 //
 // Three sweeps over a row that stays in L1/L2: maximum; exponential and sum; division. The scale
 // and log2 e are folded into one factor, so that the exponential is a fused multiply-add and exp2.
@@ -17,9 +18,7 @@ constexpr int kBlock = 4 * W;
 LLMOPS_INLINE float combine_max(const Vec* m) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
-LLMOPS_INLINE float combine_add(const Vec* s) {
-  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
-}
+LLMOPS_INLINE float combine_add(const Vec* s) { return reduce_add((s[0] + s[1]) + (s[2] + s[3])); }
 
 // The logits in units of log2: scale * log2e * x + log2e * mask, -inf where a bool mask drops.
 template <class X, class M>
@@ -89,7 +88,8 @@ LLMOPS_INLINE void forward(const SoftmaxParams& p, const SoftmaxRow& row, int64_
     // A negative scale turns the order round: the largest logit is then the smallest x.
     if (p.scale < 0.0f) {
       Vec low = set1(kInf);
-      for (i = 0; i < valid; i += W) low = min(low, load_n(x + i, valid - i < W ? static_cast<int>(valid - i) : W, kInf));
+      for (i = 0; i < valid; i += W)
+        low = min(low, load_n(x + i, valid - i < W ? static_cast<int>(valid - i) : W, kInf));
       m[0] = m[1] = m[2] = m[3] = set1(-reduce_max(zero() - low));
     } else {
       for (; i < valid; i += W)
@@ -121,9 +121,8 @@ LLMOPS_INLINE void forward(const SoftmaxParams& p, const SoftmaxRow& row, int64_
   float* e = scratch;
   if constexpr (sizeof(Y) == 4) e = static_cast<float*>(row.y);
   // scale 0: 0 * top would be NaN for an infinite top, as it is for the element itself.
-  const float sum = p.mask_kind == MaskKind::none
-                        ? exponentials(x, e, valid, factor, factor * top)
-                        : exponentials(scratch, e, valid, 1.0f, top);
+  const float sum = p.mask_kind == MaskKind::none ? exponentials(x, e, valid, factor, factor * top)
+                                                  : exponentials(scratch, e, valid, 1.0f, top);
   normalize(e, y, valid, sum);
   if (valid < p.n) fill_zero(y, valid, p.n);
 }
@@ -168,9 +167,8 @@ LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* 
 }  // namespace
 
 void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid, float* scratch) {
-  LLMOPS_DISPATCH(p.x_type, X, LLMOPS_DISPATCH(p.y_type, Y, {
-                    forward_mask<X, Y>(p, row, valid, scratch);
-                  }));
+  LLMOPS_DISPATCH(p.x_type, X,
+                  LLMOPS_DISPATCH(p.y_type, Y, { forward_mask<X, Y>(p, row, valid, scratch); }));
 }
 
 void softmax_bwd_row(DType y_type, DType dx_type, int64_t n, float scale, const void* y,

@@ -18,8 +18,8 @@ struct SoftmaxRow {
 struct SoftmaxParams {
   DType x_type, y_type, mask_type;
   MaskKind mask_kind;
-  int64_t mask_step;   // 0 or 1: the mask's stride along the row
-  int64_t n;           // row length
+  int64_t mask_step;  // 0 or 1: the mask's stride along the row
+  int64_t n;          // row length
   float scale;
   bool zero_if_empty;  // masked or causal: a row with nothing left is zeros, not NaN
 };

@@ -138,9 +138,7 @@ def _vjp_of(
         for i, tensor in zip(tensor_positions, ctx.saved_tensors, strict=True):
             arguments[i] = tensor
         wanted = [
-            i
-            for i in tensor_positions
-            if ctx.needs_input_grad[i] and arguments[i] is not None
+            i for i in tensor_positions if ctx.needs_input_grad[i] and arguments[i] is not None
         ]
 
         def of_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +153,7 @@ def _vjp_of(
 
         results: list[Any] = [None] * count
         if wanted and any(g is not None for g in grads):
-            _, pull = torch.func.vjp(of_wanted, *(arguments[i] for i in wanted))
+            pull = torch.func.vjp(of_wanted, *(arguments[i] for i in wanted))[1]
             given = tuple(g for g in grads if g is not None)
             for i, gradient in zip(wanted, pull(given), strict=True):
                 results[i] = gradient

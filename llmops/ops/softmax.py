@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmops import backends, reference
+from llmops import reference
+from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _check
 from llmops.ops._op import Op
@@ -67,6 +68,8 @@ def softmax(
             widest = torch.float64
     if causal:
         features += ("causal",)
+    if x.is_cuda and dtype is None and not (torch.is_grad_enabled() and x.requires_grad):
+        features += ("forward only",)
     name = resolve("softmax", x.device, widest, features, backend)
     if name == "reference":
         return reference.softmax(x, dim, scale=scale, mask=mask, causal=causal, dtype=dtype)
@@ -118,12 +121,12 @@ def _forward(
     x: Tensor, scale: float, mask: Tensor | None, causal: bool, dtype: torch.dtype, backend: str
 ) -> Tensor:
     if backend == "cpu":
-        return backends.get("cpu").softmax(x, scale, mask, causal, dtype)  # type: ignore[no-any-return]
+        return get("cpu").softmax(x, scale, mask, causal, dtype)
     features = (("mask",) if mask is not None else ()) + (("causal",) if causal else ())
     backend = resolve("softmax", x.device, x.dtype, features, backend)
     if backend == "reference":
         return reference.softmax(x, scale=scale, mask=mask, causal=causal, dtype=dtype)
-    return backends.get(backend).softmax(x, scale, mask, causal, dtype)  # type: ignore[no-any-return]
+    return get(backend).softmax(x, scale, mask, causal, dtype)
 
 
 def _fake(
@@ -151,14 +154,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, None, dmask, None, None, None
 
 
-def _forward_bwd(
-    grad: Tensor, y: Tensor, scale: float, dtype: torch.dtype, backend: str
-) -> Tensor:
+def _forward_bwd(grad: Tensor, y: Tensor, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
     if backend != "cpu":
         backend = resolve("softmax_bwd", y.device, y.dtype, (), backend)
     if backend == "reference":
         return reference.softmax_bwd(grad, y, scale, dtype)
-    return backends.get(backend).softmax_bwd(grad, y, scale, dtype)  # type: ignore[no-any-return]
+    return get(backend).softmax_bwd(grad, y, scale, dtype)
 
 
 def _fake_bwd(grad: Tensor, y: Tensor, scale: float, dtype: torch.dtype, backend: str) -> Tensor:

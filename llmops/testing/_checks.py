@@ -35,7 +35,7 @@ def matches_reference(spec: OpSpec, sample: Sample, target: Target) -> None:
 
 
 def gradients(spec: OpSpec, sample: Sample, target: Target) -> None:
-    """Gradients of every input that takes one, within the error rule; shapes and dtypes as theirs."""
+    """Gradients of every input that takes one, within the error rule, in its dtype."""
     with target.active():
         _, got = call(spec.fn, sample, backend=target.backend)
     _, oracle = call(spec.reference, sample, torch.float64)
@@ -91,9 +91,7 @@ def any_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
         for i, (g, o, y) in enumerate(zip(results, oracle, yardstick, strict=True)):
             assert_close(g, o, y, factor=2.0, what=f"{spec.name} output {i}, {how}")
         grads = _gradients_in_place(moved, results)
-        for i, (g, o, y) in enumerate(
-            zip(grads, oracle_grads, yardstick_grads, strict=True)
-        ):
+        for i, (g, o, y) in enumerate(zip(grads, oracle_grads, yardstick_grads, strict=True)):
             assert_close(g, o, y, factor=3.0, what=f"{spec.name} gradient {i}, {how}")
 
 
@@ -174,7 +172,7 @@ def double_backward(spec: OpSpec, sample: Sample, target: Target) -> None:
         kwargs = {k: cast(v, dtype) for k, v in sample.kwargs.items()}
         results = [r for r in outputs(fn(*args, **kwargs, **extra)) if r.requires_grad]
         wanted = leaves(args, kwargs)
-        loss = sum((r * r).masked_fill(r.detach().isinf(), 0.0).sum() for r in results)
+        loss: Any = sum((r * r).masked_fill(r.detach().isinf(), 0.0).sum() for r in results)
         grads = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         total = sum((g * g).sum() for g in grads if g is not None and g.requires_grad)
         if not isinstance(total, Tensor):
@@ -224,9 +222,10 @@ def func_grad(spec: OpSpec, sample: Sample, target: Target) -> None:
         for i, g in zip(positions, given, strict=True):
             full[i] = g
         results = outputs(spec.fn(*full, **sample.kwargs, backend=target.backend))
-        return sum(  # type: ignore[return-value]
+        total: Any = sum(
             r.float().masked_fill(r.detach().isinf(), 0.0).square().sum() for r in results
         )
+        return total
 
     with target.active():
         detached = [args[i].detach() for i in positions]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmops import backends
+from llmops.backends import get
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,16 +120,14 @@ def targets() -> list[Target]:
     """
     from llmops.backends import _extension
 
-    reason = backends.get("cpu").available()
+    reason = get("cpu").available()
     if reason is not None:
         raise ImportError(f"llmops.testing: the CPU kernels cannot be tested: {reason}")
     best = _extension.ISA_NAMES.index(torch.ops.llmops_cpu.isa_best())
     found = [Target("cpu", "cpu", isa) for isa in _extension.ISA_NAMES[: best + 1]]
     if torch.cuda.is_available():
         found += [
-            Target(name, "cuda")
-            for name in ("triton", "cuda")
-            if backends.get(name).available() is None
+            Target(name, "cuda") for name in ("triton", "cuda") if get(name).available() is None
         ]
     return found
 
@@ -203,7 +201,7 @@ def assert_close(
     same = (g == o) | (g.isnan() & o.isnan())
     assert bool(same[special].all()), f"{what}: NaN or infinity differs from the oracle"
     assert bool(g[~special].isfinite().all()), f"{what}: NaN or infinity where there should be none"
-    g, o, y = (torch.atleast_1d(t.masked_fill(special, 0.0)) for t in (g, o, y))
+    g, o, y = (t.masked_fill(special, 0.0).reshape(*got.shape or (1,)) for t in (g, o, y))
     error = (g - o).abs()
     row_error = (y - o).abs().nan_to_num(0.0).amax(-1, keepdim=True)
     row_scale = o.abs().amax(-1, keepdim=True)

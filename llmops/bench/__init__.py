@@ -1,0 +1,1 @@
+"""Speed beside PyTorch: `llmops bench`. harness.py measures, cases/<op>.py says what."""
