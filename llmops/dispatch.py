@@ -134,12 +134,16 @@ def resolve(
     return found
 
 
-@torch.compiler.assume_constant_result
 def _resolve_constant(
     op: str, device: str, dtype: torch.dtype, features: tuple[str, ...], requested: str | None
 ) -> str:
     """resolve() for torch.compile, which need not trace how the answer was found."""
     return _decide(op, torch.device(device), dtype, features, requested, None)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo,
+# which takes as long as importing torch.
+_resolve_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _environment() -> str:
