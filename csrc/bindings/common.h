@@ -95,6 +95,13 @@ class RowIndex {
     }
     return sizes_.empty() ? 0 : result + row * strides_[tensor][0];
   }
+  // How many rows from `row` on, before `end`, lie one constant stride apart in every tensor, and
+  // that stride.
+  int64_t run(int64_t row, int64_t end) const {
+    const int64_t left = sizes_.size() <= 1 ? rows_ - row : sizes_.back() - row % sizes_.back();
+    return left < end - row ? left : end - row;
+  }
+  int64_t step(size_t tensor) const { return sizes_.empty() ? 0 : strides_[tensor].back(); }
   // True when every tensor's rows are one constant stride apart.
   bool uniform() const { return sizes_.size() <= 1; }
 

@@ -77,6 +77,11 @@ LLMOPS_INLINE void store_n(T* p, Vec a, int n) {
   for (int i = 0; i < (n < W ? n : W); ++i) p[i] = buffer[i];
 }
 
+// a as the second argument's type holds it: rounded, and widened again.
+LLMOPS_INLINE Vec round_as(Vec a, float) { return a; }
+LLMOPS_INLINE Vec round_as(Vec a, bf16) { return {widen_bf16(narrow_bf16(a.v))}; }
+LLMOPS_INLINE Vec round_as(Vec a, fp16) { return {_mm256_cvtph_ps(narrow_fp16(a.v))}; }
+
 LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

@@ -75,6 +75,11 @@ LLMOPS_INLINE void store_n(fp16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first_n(n).v, narrow_fp16(a.v));
 }
 
+// a as the second argument's type holds it: rounded, and widened again.
+LLMOPS_INLINE Vec round_as(Vec a, float) { return a; }
+LLMOPS_INLINE Vec round_as(Vec a, bf16) { return {widen_bf16(narrow_bf16(a.v))}; }
+LLMOPS_INLINE Vec round_as(Vec a, fp16) { return {_mm512_cvtph_ps(narrow_fp16(a.v))}; }
+
 LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

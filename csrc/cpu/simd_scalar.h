@@ -37,6 +37,13 @@ LLMOPS_INLINE void store_n(T* p, Vec a, int n) {
   if (n > 0) from_float(a.v, p);
 }
 
+// a as the second argument's type holds it: rounded, and widened again.
+template <class T>
+LLMOPS_INLINE Vec round_as(Vec a, T rounded) {
+  from_float(a.v, &rounded);
+  return {to_float(rounded)};
+}
+
 LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

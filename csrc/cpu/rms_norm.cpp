@@ -1,0 +1,17 @@
+// RMS norm, add + RMS norm and their backward: the rows of norm_rows.h without centering. Formula:
+// rms_norm.h
+#include "rms_norm.h"
+
+#include "norm_rows.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+
+void rms_norm_fwd(const NormParams& p, const NormForwardRows& rows) {
+  norm_forward<false>(p, rows);
+}
+
+void rms_norm_bwd(const NormParams& p, const NormBackwardRows& rows) {
+  norm_backward<false>(p, rows);
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA
