@@ -12,21 +12,26 @@ constexpr int64_t kAdviseFromBytes = 4 << 20;
 }  // namespace
 
 Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType type) {
-  // The C shim itself: the dispatcher's boxed new_empty costs a microsecond more.
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
+  return new_output_strided(t, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()),
+                            type);
+}
+
+Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* strides,
+                          int64_t dims, ScalarType type) {
+  // The C shim itself: the dispatcher's boxed new_empty costs a microsecond more.
   int32_t device_type, device_index, dtype;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type,
+                                                         device_index, &handle));
   Tensor out(handle);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t bytes = out.numel() * element_size(type);

@@ -76,6 +76,9 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
 // A fresh, uninitialized tensor on t's device. Large ones are advised to use huge pages: the first
 // touch of a 4 KiB page costs about 2 us, which for a row op is more than computing it.
 Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType type);
+// The same with any dense order of the dimensions in memory.
+Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* strides,
+                          int64_t dims, ScalarType type);
 inline Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes) {
   return new_output(t, sizes, t.scalar_type());
 }

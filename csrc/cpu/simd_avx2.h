@@ -125,6 +125,24 @@ LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) {
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
 }
 
+// Bit i set where lane i is.
+LLMOPS_INLINE uint32_t mask_bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.v)); }
+LLMOPS_INLINE Mask mask_and(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+
+// (low, high) hold x0 y0 x1 y1 ...; x and y get the even and the odd places, and back.
+LLMOPS_INLINE void deinterleave(Vec low, Vec high, Vec* x, Vec* y) {
+  // shuffle works within 128-bit halves and leaves the middle quarters exchanged.
+  const __m256 even = _mm256_shuffle_ps(low.v, high.v, 0b10001000);
+  const __m256 odd = _mm256_shuffle_ps(low.v, high.v, 0b11011101);
+  x->v = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0b11011000));
+  y->v = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0b11011000));
+}
+LLMOPS_INLINE void interleave(Vec x, Vec y, Vec* low, Vec* high) {
+  const __m256 a = _mm256_unpacklo_ps(x.v, y.v), b = _mm256_unpackhi_ps(x.v, y.v);
+  low->v = _mm256_permute2f128_ps(a, b, 0x20);
+  high->v = _mm256_permute2f128_ps(a, b, 0x31);
+}
+
 LLMOPS_INLINE float reduce_add(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

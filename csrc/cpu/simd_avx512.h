@@ -108,6 +108,22 @@ LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) {
   return {_mm_test_epi8_mask(bytes, bytes)};
 }
 
+// Bit i set where lane i is.
+LLMOPS_INLINE uint32_t mask_bits(Mask m) { return m.v; }
+LLMOPS_INLINE Mask mask_and(Mask a, Mask b) { return {static_cast<__mmask16>(a.v & b.v)}; }
+
+// (low, high) hold x0 y0 x1 y1 ...; x and y get the even and the odd places, and back.
+LLMOPS_INLINE void deinterleave(Vec low, Vec high, Vec* x, Vec* y) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  x->v = _mm512_permutex2var_ps(low.v, even, high.v);
+  y->v = _mm512_permutex2var_ps(low.v, _mm512_or_si512(even, _mm512_set1_epi32(1)), high.v);
+}
+LLMOPS_INLINE void interleave(Vec x, Vec y, Vec* low, Vec* high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low->v = _mm512_permutex2var_ps(x.v, first, y.v);
+  high->v = _mm512_permutex2var_ps(x.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), y.v);
+}
+
 LLMOPS_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 LLMOPS_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 LLMOPS_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }

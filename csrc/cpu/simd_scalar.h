@@ -77,6 +77,20 @@ LLMOPS_INLINE Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
 // One byte per lane, non-zero keeps.
 LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) { return {n > 0 && *p != 0}; }
 
+// Bit i set where lane i is.
+LLMOPS_INLINE uint32_t mask_bits(Mask m) { return m.v; }
+LLMOPS_INLINE Mask mask_and(Mask a, Mask b) { return {a.v && b.v}; }
+
+// (low, high) hold x0 y0 x1 y1 ...; x and y get the even and the odd places, and back.
+LLMOPS_INLINE void deinterleave(Vec low, Vec high, Vec* x, Vec* y) {
+  *x = low;
+  *y = high;
+}
+LLMOPS_INLINE void interleave(Vec x, Vec y, Vec* low, Vec* high) {
+  *low = x;
+  *high = y;
+}
+
 LLMOPS_INLINE float reduce_add(Vec a) { return a.v; }
 LLMOPS_INLINE float reduce_max(Vec a) { return a.v; }
 LLMOPS_INLINE float first_lane(Vec a) { return a.v; }
