@@ -106,6 +106,12 @@ LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) {
   return {_mm256_mul_ps(_mm256_mul_ps(p.v, a), b)};
 }
 
+// The same for p near 1 and n in [-127, 127], by the exponent bits alone: p = 1, n = -127 is 0.
+LLMOPS_INLINE Vec scale_by_small_power(Vec p, Vec n) {
+  const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift))};
+}
+
 // Lanes whose index is at least `bound`.
 LLMOPS_INLINE Mask lanes_ge(int bound) {
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(lane_index(), _mm256_set1_epi32(bound - 1)))};
@@ -154,5 +160,31 @@ LLMOPS_INLINE float reduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 LLMOPS_INLINE float first_lane(Vec a) { return _mm256_cvtss_f32(a.v); }
+
+// r[i] lane j <-> r[j] lane i.
+LLMOPS_INLINE void transpose(Vec* r) {
+  __m256 t[8], u[8];
+  LLMOPS_UNROLL for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 2; ++i) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+// Lane i of the result is the sum of r[i]'s lanes, for W vectors.
+LLMOPS_INLINE Vec reduce_each(const Vec* r) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(r[0].v, r[1].v), _mm256_hadd_ps(r[2].v, r[3].v));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(r[4].v, r[5].v), _mm256_hadd_ps(r[6].v, r[7].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
 
 }  // namespace llmops::cpu::LLMOPS_ISA

@@ -97,6 +97,9 @@ LLMOPS_INLINE Vec round(Vec a) {
 // p * 2^n for integer-valued n, with correct overflow, underflow and NaN.
 LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 
+// The same for p near 1 and n in [-252, 127].
+LLMOPS_INLINE Vec scale_by_small_power(Vec p, Vec n) { return scale_by_power(p, n); }
+
 // Lanes whose index is at least `bound`.
 LLMOPS_INLINE Mask lanes_ge(int bound) { return {static_cast<__mmask16>(~first_n(bound).v)}; }
 LLMOPS_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
@@ -127,5 +130,85 @@ LLMOPS_INLINE void interleave(Vec x, Vec y, Vec* low, Vec* high) {
 LLMOPS_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 LLMOPS_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 LLMOPS_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }
+
+// r[i] lane j <-> r[j] lane i.
+LLMOPS_INLINE void transpose(Vec* r) {
+  __m512 t[16];
+  LLMOPS_UNROLL for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 4; ++i) {
+    LLMOPS_UNROLL for (int h = 0; h < 2; ++h) {
+      const __m512d a = _mm512_castps_pd(t[4 * i + h]), b = _mm512_castps_pd(t[4 * i + 2 + h]);
+      r[4 * i + 2 * h].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[4 * i + 2 * h + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i].v, r[i + 4].v, 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i].v, r[i + 4].v, 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8].v, r[i + 12].v, 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8].v, r[i + 12].v, 0xdd);
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Lane i of the result is the sum of r[i]'s lanes, for W vectors.
+LLMOPS_INLINE Vec reduce_each(const Vec* r) {
+  __m512 t[8], u[4], w[2];
+  LLMOPS_UNROLL for (int i = 0; i < 8; ++i) {
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v),
+                         _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v));
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  LLMOPS_UNROLL for (int i = 0; i < 2; ++i) {
+    w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(w[0], w[1], 0x88),
+                        _mm512_shuffle_f32x4(w[0], w[1], 0xdd))};
+}
+
+// bf16 pairs: a Vec whose 32-bit lanes hold two bf16 each, the first in the low half.
+LLMOPS_INLINE Vec load_pairs_n(const bf16* p, int n) {
+  const __mmask32 m = n >= 32 ? 0xffffffffu : (n <= 0 ? 0u : (1u << n) - 1u);
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
+}
+// Lane i: (low[i], high[i]) rounded to bf16.
+LLMOPS_INLINE Vec make_pairs(Vec low, Vec high) {
+  const __m512i a = _mm512_cvtepu16_epi32(narrow_bf16(low.v));
+  const __m512i b = _mm512_cvtepu16_epi32(narrow_bf16(high.v));
+  return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
+}
+// 32 bf16 of each of two rows, interleaved into 32 pairs (row a in the low halves).
+LLMOPS_INLINE void interleave_pairs(Vec a, Vec b, Vec* out) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
+  out[0].v = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, low, y));
+  out[1].v = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y));
+}
+LLMOPS_INLINE Vec flip_pair_signs(Vec a) {
+  return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v),
+                                               _mm512_set1_epi32(static_cast<int>(0x80008000u))))};
+}
+#ifdef __AVX512BF16__
+#define LLMOPS_HAS_DOT_PAIRS 1
+// c + a.low * b.low + a.high * b.high, in fp32 (subnormal products and sums flush to zero).
+LLMOPS_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+#endif
 
 }  // namespace llmops::cpu::LLMOPS_ISA

@@ -69,6 +69,12 @@ LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) {
           bits_float(static_cast<uint32_t>(rest + 127) << 23)};
 }
 
+// The same for p near 1 and n in [-127, 127], by the exponent bits alone: p = 1, n = -127 is 0.
+LLMOPS_INLINE Vec scale_by_small_power(Vec p, Vec n) {
+  if (n.v != n.v) return n;
+  return {bits_float(float_bits(p.v) + (static_cast<uint32_t>(static_cast<int>(n.v)) << 23))};
+}
+
 LLMOPS_INLINE Mask first_n(int n) { return {n > 0}; }
 LLMOPS_INLINE Mask lanes_ge(int bound) { return {0 >= bound}; }
 LLMOPS_INLINE Mask less(Vec a, Vec b) { return {a.v < b.v}; }
@@ -94,5 +100,8 @@ LLMOPS_INLINE void interleave(Vec x, Vec y, Vec* low, Vec* high) {
 LLMOPS_INLINE float reduce_add(Vec a) { return a.v; }
 LLMOPS_INLINE float reduce_max(Vec a) { return a.v; }
 LLMOPS_INLINE float first_lane(Vec a) { return a.v; }
+// The W x W transpose and the W sums, for one lane.
+LLMOPS_INLINE void transpose(Vec*) {}
+LLMOPS_INLINE Vec reduce_each(const Vec* r) { return r[0]; }
 
 }  // namespace llmops::cpu::LLMOPS_ISA

@@ -1,0 +1,201 @@
+// attention: the CPU kernels as raw operators. llmops.ops.attention owns the public schema, the
+// checks and autograd; what is checked here keeps memory safe whoever calls.
+#include "cpu/attention.h"
+
+#include <memory>
+#include <tuple>
+
+#include "common.h"
+
+namespace llmops {
+namespace {
+
+using cpu::AttentionParams;
+using cpu::ScoreMask;
+
+constexpr const char* kName = "llmops.attention";
+
+// One block of 64-byte aligned scratch per thread, kept between calls: fresh pages would cost more
+// than the work of a small call. Buffers past kKeepBytes go back after use.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : large_(bytes > kKeepBytes) {
+    thread_local Buffer kept;
+    if (large_) {
+      own_.reserve(bytes);
+      data_ = own_.data();
+    } else {
+      kept.reserve(bytes);
+      data_ = kept.data();
+    }
+  }
+  void* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kKeepBytes = 8 << 20;
+  class Buffer {
+   public:
+    void reserve(int64_t bytes) {
+      if (bytes <= size_) return;
+      storage_.reset(new char[bytes + 64]);
+      size_ = bytes;
+    }
+    void* data() const {
+      return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) / 64 * 64);
+    }
+
+   private:
+    std::unique_ptr<char[]> storage_;
+    int64_t size_ = 0;
+  };
+  Buffer own_;
+  bool large_;
+  void* data_;
+};
+
+// [B, H, T, D] with stride 1 in the last dimension; t itself, or a copy.
+Tensor heads_dense(const Tensor& t, const char* name) {
+  LLMOPS_CHECK(t.dim() == 4, kName, ": ", name, " must be [batch, heads, tokens, head_dim], got ",
+               t.dim(), " dimensions");
+  return last_dim_dense(t);
+}
+void read_strides(const Tensor& t, int64_t* stride) {
+  for (int64_t d = 0; d < 3; ++d) stride[d] = t.stride(d);
+}
+
+// A fresh [B, H, T, D] laid out as `like` is: [B, T, H, D] in memory where the heads of one token
+// lie together, so that a model's transpose back costs nothing. The fake kernels say the same.
+Tensor new_heads(const Tensor& like, int64_t dim, ScalarType type) {
+  const int64_t b = like.size(0), h = like.size(1), t = like.size(2);
+  if (like.stride(1) >= like.stride(2)) return new_output(like, {b, h, t, dim}, type);
+  const Tensor fresh = new_output(like, {b, t, h, dim}, type);
+  const int64_t sizes[] = {b, h, t, dim};
+  const int64_t strides[] = {fresh.stride(0), fresh.stride(2), fresh.stride(1), 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(fresh.get(), 4, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kSplitTasks = 64;  // tasks worth having when the queries alone give fewer
+constexpr int64_t kSplitKeys = 512;  // and the fewest keys of one
+constexpr int64_t kGradTasks = 8;
+constexpr int64_t kGradBlocks = 4;  // query blocks that share one pair of dk, dv sums, at least
+
+// Depends on shapes only, never on the number of threads.
+void make_plan(AttentionParams& p) {
+  const int64_t heads = p.heads / p.kv_heads, groups = p.batch * p.kv_heads;
+  const int64_t rows = heads * p.queries;
+  auto& plan = p.plan;
+  plan.packed = heads > 1 && p.queries < cpu::kAttentionLanes;
+  plan.blocks = plan.packed ? div_up(rows, cpu::kAttentionLanes)
+                            : heads * div_up(p.queries, cpu::kAttentionLanes);
+  plan.splits = 1;
+  if (plan.blocks == 1 && groups > 0) {
+    const int64_t wanted = div_up(kSplitTasks, groups), possible = p.keys / kSplitKeys;
+    plan.splits = wanted < possible ? wanted : possible;
+    if (plan.splits < 1) plan.splits = 1;
+  }
+  plan.split_keys = div_up(div_up(p.keys, plan.splits), 96) * 96;
+  if (plan.split_keys > 0) plan.splits = div_up(p.keys, plan.split_keys);
+  plan.parts = 1;
+  if (groups > 0 && groups < kGradTasks) {
+    const int64_t wanted = div_up(kGradTasks, groups), possible = plan.blocks / kGradBlocks;
+    plan.parts = wanted < possible ? wanted : possible;
+    if (plan.parts < 1) plan.parts = 1;
+  }
+}
+
+// A worker takes 55-85 us to wake: about 4M multiply-adds, or 1 MB of keys and values.
+bool worth_threads(const AttentionParams& p) {
+  const int64_t work = p.batch * p.heads * p.queries * p.keys * (p.dim + p.dim_v);
+  const int64_t bytes =
+      p.batch * p.kv_heads * p.keys * (p.dim + p.dim_v) * (p.type == cpu::DType::f32 ? 4 : 2);
+  return work > 4000000 || bytes > 1000000;
+}
+
+// Everything but the outputs. q, k, v have a dense last dimension.
+AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                            const std::optional<Tensor>& mask, bool causal, double scale) {
+  AttentionParams p{};
+  p.type = kernel_dtype(q.scalar_type(), kName);
+  LLMOPS_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kName,
+               ": q, k and v must have one dtype");
+  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.dim = q.size(3);
+  p.kv_heads = k.size(1), p.keys = k.size(2), p.dim_v = v.size(3);
+  LLMOPS_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads &&
+                   v.size(2) == p.keys && k.size(3) == p.dim,
+               kName,
+               ": k and v must be [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv] for q [B, Hq, Tq, D]");
+  LLMOPS_CHECK(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, kName, ": ", p.heads,
+               " query heads are no multiple of ", p.kv_heads, " key/value heads");
+  p.causal = causal;
+  p.scale = static_cast<float>(scale);
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  read_strides(q, p.q_stride);
+  read_strides(k, p.k_stride);
+  read_strides(v, p.v_stride);
+  if (mask.has_value()) {
+    const bool boolean = mask->scalar_type() == ScalarType::Bool;
+    p.mask_kind = boolean ? ScoreMask::boolean : ScoreMask::additive;
+    if (!boolean) p.mask_type = kernel_dtype(mask->scalar_type(), "llmops.attention: mask");
+    p.mask = mask->data_ptr();
+    const int64_t full[] = {p.batch, p.heads, p.queries, p.keys}, shift = 4 - mask->dim();
+    LLMOPS_CHECK(shift >= 0, kName, ": mask has more than 4 dimensions");
+    for (int64_t d = shift; d < 4; ++d) {
+      const int64_t size = mask->size(d - shift);
+      LLMOPS_CHECK(size == full[d] || size == 1, kName, ": mask size ", size, " in dimension ",
+                   d - shift, " does not broadcast to ", full[d]);
+      p.mask_stride[d] = size == 1 ? 0 : mask->stride(d - shift);
+    }
+  }
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q_in, const Tensor& k_in,
+                                             const Tensor& v_in, const std::optional<Tensor>& mask,
+                                             bool causal, double scale) {
+  const Tensor q = heads_dense(q_in, "q"), k = heads_dense(k_in, "k"), v = heads_dense(v_in, "v");
+  AttentionParams p = make_params(q, k, v, mask, causal, scale);
+  Tensor out = new_heads(q_in, p.dim_v, q.scalar_type());
+  Tensor lse = new_output(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  read_strides(out, p.out_stride);
+  make_plan(p);
+  const int64_t groups = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.queries;
+  std::optional<Tensor> partial;
+  if (p.plan.splits > 1) {
+    partial = new_output(q, {groups * p.plan.splits * rows * (p.dim_v + 1)}, ScalarType::Float);
+    p.partial = static_cast<float*>(partial->data_ptr());
+  }
+  const bool threads = worth_threads(p);
+  const auto kernel = LLMOPS_CPU_CALL(attention_fwd);
+  const int64_t bytes = LLMOPS_CPU_CALL(attention_fwd_scratch)(p);
+  parallel_tasks(groups * p.plan.blocks * p.plan.splits, threads, [&](int64_t task) {
+    const Scratch scratch(bytes);
+    kernel(p, task, scratch.data());
+  });
+  if (p.plan.splits > 1) {
+    const auto combine = LLMOPS_CPU_CALL(attention_combine);
+    parallel_rows(groups * rows, p.dim_v * p.plan.splits,
+                  [&](int64_t begin, int64_t end) { combine(p, begin, end); });
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> "
+      "(Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cpu));
+}
+
+}  // namespace llmops

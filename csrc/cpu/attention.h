@@ -1,0 +1,66 @@
+// Attention over tiles with an online softmax: O(T) memory, no T x T buffer in either direction.
+//   s[t,j] = scale * q[t] . k[j] + mask[t,j], -inf where masked or j > t + Tk - Tq (causal)
+//   lse[t] = log sum_j exp(s[t,j]),  out[t] = sum_j exp(s[t,j] - lse[t]) v[j]
+//   backward: P = exp(s - lse), dS = P * (dout . v - delta + dlse), delta = dout . out;
+//   dv = P^T dout, dk = scale * dS^T q, dq = scale * dS k, dmask = dS
+// Dao et al. 2022, 2023. Grouped-query heads: query head h reads key/value head h / (Hq / Hkv).
+#pragma once
+#include "isa.h"
+
+namespace llmops::cpu {
+
+enum class ScoreMask : int { none = 0, boolean = 1, additive = 2 };
+
+constexpr int64_t kAttentionLanes = 64;      // query rows of one block, one per vector lane
+constexpr int64_t kAttentionDecodeRows = 8;  // up to here a (batch, kv head) is served by decode
+
+// The work is cut into tasks by shape alone, so that results do not depend on the thread count.
+// The query rows of one (batch, kv head) are numbered head * Tq + t over its group of heads.
+struct AttentionPlan {
+  bool packed;         // blocks of 64 rows run across the heads of a group (short queries)
+  int64_t blocks;      // query blocks per (batch, kv head)
+  int64_t splits;      // parts the keys are split into, merged by log-sum-exp
+  int64_t split_keys;  // keys per part
+  int64_t parts;       // backward: independent sums for dk and dv per (batch, kv head)
+};
+
+// Strides in elements. The last dimension of q, k, v and of every output is dense.
+struct AttentionParams {
+  DType type;
+  ScoreMask mask_kind;
+  DType mask_type;
+  bool causal;
+  float scale;
+  int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
+  const void *q, *k, *v;  // [B, Hq, Tq, D], [B, Hkv, Tk, D], [B, Hkv, Tk, Dv]
+  const void* mask;       // broadcast to [B, Hq, Tq, Tk] by its strides
+  int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[4];
+  void* out;  // [B, Hq, Tq, Dv]
+  int64_t out_stride[3];
+  float* lse;      // [B, Hq, Tq], contiguous
+  float* partial;  // [B * Hkv, splits, rows, Dv + 1]: out, then lse; splits > 1
+  AttentionPlan plan;
+};
+
+struct AttentionGradParams {
+  AttentionParams fwd;    // out and lse are read
+  const void* grad_out;   // [B, Hq, Tq, Dv]
+  const float* grad_lse;  // [B, Hq, Tq] or null
+  int64_t grad_out_stride[3], grad_lse_stride[3];
+  void *dq, *dk, *dv;
+  int64_t dq_stride[3], dk_stride[3], dv_stride[3];
+  float* partial;  // [B * Hkv, parts, Tk, padded D + padded Dv]; parts > 1
+  float* dmask;    // fp32, the mask's own sizes, contiguous: strides below, or null
+  int64_t dmask_size[4], dmask_stride[4];
+};
+
+}  // namespace llmops::cpu
+
+// Bytes of scratch one running task needs.
+LLMOPS_CPU_KERNEL(int64_t, attention_fwd_scratch, const llmops::cpu::AttentionParams&)
+// task: [0, B * Hkv * blocks * splits).
+LLMOPS_CPU_KERNEL(void, attention_fwd, const llmops::cpu::AttentionParams&, int64_t task,
+                  void* scratch)
+// Merges the partial results of rows [begin, end) of B * Hkv * rows; plan.splits > 1.
+LLMOPS_CPU_KERNEL(void, attention_combine, const llmops::cpu::AttentionParams&, int64_t begin,
+                  int64_t end)

@@ -1,0 +1,245 @@
+// Attention forward: one task is a block of 64 query rows against all keys they see (or one part
+// of them). Formula: attention.h
+//
+// Keys come in blocks of up to 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
+// scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
+// a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
+// in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16 always is.
+// 4 * Tq * Tk * D flops per head; K and V are read once per 64 queries.
+#include "attention.h"
+
+#include "attention_score.h"
+#include "attention_tile.h"
+#include "simd.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
+
+struct Scratch {
+  float* q;                    // [padded D][64], or pairs [padded D / 2][64]
+  float* s;                    // [kKeys][64]: scores, then probabilities
+  float* pairs;                // [kKeys / 2][64]: probabilities as bf16 pairs
+  float* o;                    // [padded Dv][64]
+  float *k, *v;                // a block of keys and values, widened or paired
+  float* bias;                 // the mask of a block
+  float *m, *l, *alpha, *top;  // [64]
+};
+
+template <class T, bool kPairs, unsigned kMods>
+LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+  const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
+  Scratch s{};
+  s.q = arena.take<float>(dim * kLanes);
+  s.s = arena.take<float>(kKeys * kLanes);
+  s.o = arena.take<float>(dim_v * kLanes);
+  if (kPairs) {
+    s.pairs = arena.take<float>(kKeys / 2 * kLanes);
+    s.k = arena.take<float>(p.dim % 2 ? kKeys * dim / 2 : 0);
+    s.v = arena.take<float>(kKeys / 2 * dim_v);
+  } else if (sizeof(T) == 2) {
+    s.k = arena.take<float>(kKeys * dim);
+    s.v = arena.take<float>(kKeys * dim_v);
+  }
+  if (kMods & kMasked) s.bias = arena.take<float>(mask_scratch(kKeys));
+  s.m = arena.take<float>(kLanes);
+  s.l = arena.take<float>(kLanes);
+  s.alpha = arena.take<float>(kLanes);
+  s.top = arena.take<float>(kLanes);
+  return s;
+}
+
+// Probabilities of vector j's first `keys` keys, in place or as pairs; m, l and alpha follow.
+template <bool kPairs, bool kNatural>
+LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor) {
+  const Vec before = load(s.m + j * W), top = load(s.top + j * W);
+  // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units: an
+  // additive mask may hold the lowest finite number, which times log2 e would be -inf.
+  const Vec m = max(kNatural ? top : top * factor, before);
+  // Nothing seen yet: -inf - -inf would be NaN.
+  const Vec shift = select(equal(m, set1(-kInf)), zero(), m);
+  const Vec alpha = exp2_softmax(kNatural ? (before - shift) * factor : before - shift);
+  store(s.m + j * W, m);
+  store(s.alpha + j * W, alpha);
+  const Vec minus = zero() - shift;
+  const auto probability = [&](int k) __attribute__((always_inline)) {
+    const Vec x = load(s.s + k * kLanes + j * W);
+    return exp2_softmax(kNatural ? (x - shift) * factor : fma(x, factor, minus));
+  };
+  Vec sum0 = load(s.l + j * W) * alpha, sum1 = zero();
+  int k = 0;
+  _Pragma("GCC unroll 4") for (; k + 2 <= keys; k += 2) {
+    const Vec a = probability(k), b = probability(k + 1);
+    sum0 = sum0 + a;
+    sum1 = sum1 + b;
+    if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+      store(s.pairs + k / 2 * kLanes + j * W, make_pairs(a, b));
+#endif
+    } else {
+      store(s.s + k * kLanes + j * W, a);
+      store(s.s + (k + 1) * kLanes + j * W, b);
+    }
+  }
+  if (k < keys) {
+    const Vec a = probability(k);
+    sum0 = sum0 + a;
+    if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+      store(s.pairs + k / 2 * kLanes + j * W, make_pairs(a, zero()));
+#endif
+    } else {
+      store(s.s + k * kLanes + j * W, a);
+    }
+  }
+  store(s.l + j * W, sum0 + sum1);
+}
+
+// Keys [key, key + keys) for the block's rows.
+template <class T, bool kPairs, unsigned kMods>
+LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
+                            int64_t key, int keys) {
+  constexpr bool kNatural = kMods != kPlain;
+  const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
+  const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
+  const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
+  constexpr int64_t kSize = sizeof(T);
+  int visible[kBlockVecs];
+  for (int j = 0; j < block.vecs; ++j) {
+    visible[j] = clamp_int(block.vec_limit[j] - key, 0, keys);
+    store(s.top + j * W, set1(-kInf));
+  }
+
+  Cells k_cells = cells(k, p.k_stride[2] * kSize, 4);
+  int64_t k_steps = p.dim;
+  if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    k_steps = (p.dim + 1) / 2;
+    if (p.dim % 2) {
+      copy_rows(k, p.k_stride[2], keys, p.dim, reinterpret_cast<bf16*>(s.k), dim);
+      k_cells = cells(s.k, dim * 2, 4);
+    }
+#endif
+  } else if constexpr (sizeof(T) == 2) {
+    widen_rows(k, p.k_stride[2], keys, p.dim, s.k, dim);
+    k_cells = cells(s.k, dim * 4, 4);
+  }
+  scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
+
+  if (kMods != kPlain || key + keys > block.full)
+    modify_scores<kMods>(p, block, key, keys, visible, s.s, s.bias, s.top);
+  const Vec factor = set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e);
+  for (int j = 0; j < block.vecs; ++j) {
+    if (visible[j] > 0) softmax_lanes<kPairs, kNatural>(s, j, visible[j], factor);
+  }
+
+  Cells v_cells = cells(v, 4, p.v_stride[2] * 4);
+  if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    for (int j = 0; j < block.vecs; ++j) visible[j] = (visible[j] + 1) / 2;
+    pack_row_pairs([&](int64_t i) { return v + i * p.v_stride[2]; }, keys, p.dim_v, s.v, dim_v);
+    v_cells = cells(s.v, 4, dim_v * 4);
+#endif
+  } else if constexpr (sizeof(T) == 2) {
+    widen_rows(v, p.v_stride[2], keys, p.dim_v, s.v, dim_v);
+    v_cells = cells(s.v, 4, dim_v * 4);
+  }
+  update_lanes<kPairs>(v_cells, p.dim_v, kPairs ? s.pairs : s.s, block.vecs, visible, s.o, s.alpha);
+}
+
+template <class T, bool kPairs, unsigned kMods>
+void run(const AttentionParams& p, int64_t task, void* scratch) {
+  Arena arena{static_cast<char*>(scratch)};
+  const Scratch s = layout<T, kPairs, kMods>(p, arena);
+  const int64_t split = task % p.plan.splits;
+  task /= p.plan.splits;
+  // The last block of a head first: under a causal mask it is the longest.
+  const int64_t group = task / p.plan.blocks, index = p.plan.blocks - 1 - task % p.plan.blocks;
+  QueryBlock block;
+  begin_block(p, group, index, block);
+
+  const T* row[kLanes];
+  block_rows(block, static_cast<const T*>(p.q), p.q_stride, row);
+  const float sign = split_scale(p.scale).query;
+  if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    pack_lane_pairs(row, block.count, p.dim, sign < 0.0f, s.q);
+#endif
+  } else {
+    pack_lanes(row, block.count, p.dim, sign, s.q);
+  }
+  for (int j = 0; j < block.vecs; ++j) {
+    store(s.m + j * W, set1(-kInf));
+    store(s.l + j * W, zero());
+    for (int64_t d = 0; d < p.dim_v; ++d) store(s.o + d * kLanes + j * W, zero());
+  }
+
+  const int64_t begin = split * p.plan.split_keys;
+  const int64_t end = min64(block.end, begin + p.plan.split_keys);
+  if (end > begin) {
+    // Blocks of equal size, so that the last one is not a sliver.
+    const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
+    const int64_t step = round_up((end - begin + blocks - 1) / blocks, kTileRows);
+    for (int64_t key = begin; key < end; key += step)
+      add_keys<T, kPairs, kMods>(p, block, s, key, static_cast<int>(min64(step, end - key)));
+  }
+
+  const float unit = kMods != kPlain ? 1.0f : kLn2;
+  float lse[kLanes];
+  for (int j = 0; j < block.vecs; ++j) {
+    const Vec l = load(s.l + j * W);
+    // A row that saw nothing has l = 0: its factor 0 makes it zeros.
+    store(s.alpha + j * W, select(equal(l, zero()), zero(), set1(1.0f) / l));
+  }
+  for (int i = 0; i < block.count; ++i)
+    lse[i] = s.l[i] == 0.0f ? -kInf : s.m[i] * unit + __builtin_logf(s.l[i]);
+  if (p.plan.splits == 1) {
+    T* out[kLanes];
+    block_rows(block, static_cast<T*>(p.out), p.out_stride, out);
+    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
+    for (int i = 0; i < block.count; ++i)
+      p.lse[(block.batch * p.heads + block.head[i]) * p.queries + block.token[i]] = lse[i];
+  } else {
+    const int64_t rows = p.heads / p.kv_heads * p.queries, width = p.dim_v + 1;
+    float* base = p.partial + ((group * p.plan.splits + split) * rows + block.first) * width;
+    float* out[kLanes];
+    for (int i = 0; i < block.count; ++i) out[i] = base + i * width;
+    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
+    for (int i = 0; i < block.count; ++i) out[i][p.dim_v] = lse[i];
+  }
+}
+
+template <class T, bool kPairs>
+LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
+  if (p.mask_kind == ScoreMask::none) {
+    run<T, kPairs, kPlain>(p, task, scratch);
+  } else {
+    run<T, kPairs, kMasked>(p, task, scratch);
+  }
+}
+
+// bf16 in pairs needs a query sign, not a factor: scale 0 takes the widening path.
+LLMOPS_INLINE bool use_pairs(const AttentionParams& p) {
+  return kHasPairs && p.type == DType::bf16 && p.scale != 0.0f;
+}
+
+}  // namespace
+
+int64_t attention_fwd_scratch(const AttentionParams& p) {
+  Arena arena{nullptr};
+  layout<bf16, false, kMasked>(p, arena);
+  Arena pairs{nullptr};
+  layout<bf16, true, kMasked>(p, pairs);
+  return max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
+}
+
+void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
+  if (use_pairs(p)) {
+    dispatch<bf16, kHasPairs>(p, task, scratch);
+    return;
+  }
+  LLMOPS_DISPATCH(p.type, T, (dispatch<T, false>(p, task, scratch)));
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA
