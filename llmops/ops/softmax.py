@@ -121,7 +121,10 @@ def _forward(
     x: Tensor, scale: float, mask: Tensor | None, causal: bool, dtype: torch.dtype, backend: str
 ) -> Tensor:
     if backend == "cpu":
-        return get("cpu").softmax(x, scale, mask, causal, dtype)
+        raw = get("cpu").softmax
+        if mask is None and dtype == x.dtype:
+            return raw(x) if scale == 1.0 and not causal else raw(x, scale, None, causal)
+        return raw(x, scale, mask, causal, dtype)
     features = (("mask",) if mask is not None else ()) + (("causal",) if causal else ())
     backend = resolve("softmax", x.device, x.dtype, features, backend)
     if backend == "reference":
