@@ -1,4 +1,4 @@
-"""The cases of `llmops bench` under pytest-benchmark: pytest benchmarks/ --benchmark-group-by=group.
+"""The cases of `llmops bench` under pytest-benchmark: pytest benchmarks/.
 
 One benchmark per provider; the group is the row, so that the table sets them side by side.
 """

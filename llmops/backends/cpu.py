@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from llmops.dispatch import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What there is of each public operator, for the support table.
+PASSES = {
+    "softmax": "forward, backward",
+}
 
 
 def available() -> str | None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from llmops.dispatch import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What there is of each public operator, for the support table.
+PASSES = {"softmax": "forward, plain"}
 _BUILT = _extension.REASON is None and hasattr(torch.ops.llmops_cuda, "softmax_fwd")
 
 

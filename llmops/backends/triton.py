@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmops.dispatch import Call
 
+# What there is of each public operator, for the support table.
+PASSES: dict[str, str] = {}
+
 
 def available() -> str | None:
     if importlib.util.find_spec("triton") is None:
