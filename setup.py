@@ -43,7 +43,7 @@ COMMON = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno
 # GCC 12 warns of uninitialized values inside its own AVX-512 headers.
 KERNEL = (
     "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wno-unknown-pragmas "
-    "-Wno-maybe-uninitialized"
+    "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
 CUDA_ARCHS = "80;90a;100a;120"
 

@@ -187,15 +187,104 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q_in, const Tensor& k
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd_cpu(
+    const Tensor& grad_out_in, const std::optional<Tensor>& grad_lse, const Tensor& q_in,
+    const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask, const Tensor& out_in,
+    const Tensor& lse_in, bool causal, double scale, bool need_mask_grad) {
+  const Tensor q = heads_dense(q_in, "q"), k = heads_dense(k_in, "k"), v = heads_dense(v_in, "v");
+  const Tensor out = heads_dense(out_in, "out"), grad_out = heads_dense(grad_out_in, "grad_out");
+  const Tensor lse = lse_in.is_contiguous() ? lse_in : torch::stable::contiguous(lse_in);
+  cpu::AttentionGradParams g{};
+  AttentionParams& p = g.fwd;
+  p = make_params(q, k, v, mask, causal, scale);
+  const std::vector<int64_t> out_shape = {p.batch, p.heads, p.queries, p.dim_v};
+  LLMOPS_CHECK(shape_of(out) == out_shape && shape_of(grad_out) == out_shape &&
+                   out.scalar_type() == q.scalar_type() &&
+                   grad_out.scalar_type() == q.scalar_type(),
+               kName, ": out and grad_out must be [B, Hq, Tq, Dv] in q's dtype");
+  const std::vector<int64_t> lse_shape = {p.batch, p.heads, p.queries};
+  LLMOPS_CHECK(shape_of(lse) == lse_shape && lse.scalar_type() == ScalarType::Float, kName,
+               ": lse must be float32 [B, Hq, Tq]");
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  read_strides(out, p.out_stride);
+  g.grad_out = grad_out.data_ptr();
+  read_strides(grad_out, g.grad_out_stride);
+  if (grad_lse.has_value()) {
+    LLMOPS_CHECK(shape_of(*grad_lse) == lse_shape && grad_lse->scalar_type() == ScalarType::Float,
+                 kName, ": grad_lse must be float32 [B, Hq, Tq]");
+    g.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
+    read_strides(*grad_lse, g.grad_lse_stride);
+  }
+  Tensor dq = new_heads(q_in, p.dim, q.scalar_type());
+  Tensor dk = new_heads(k_in, p.dim, q.scalar_type());
+  Tensor dv = new_heads(v_in, p.dim_v, q.scalar_type());
+  g.dq = dq.data_ptr(), g.dk = dk.data_ptr(), g.dv = dv.data_ptr();
+  read_strides(dq, g.dq_stride);
+  read_strides(dk, g.dk_stride);
+  read_strides(dv, g.dv_stride);
+
+  const int64_t groups = p.batch * p.kv_heads;
+  const bool threads = worth_threads(p);
+  if (p.queries > 0 && groups > 0) {
+    make_plan(p);
+  } else {
+    p.plan = {false, 0, 1, p.keys, 1};  // no queries: dk and dv are zeros
+  }
+  std::optional<Tensor> partial;
+  if (p.plan.parts > 1) {
+    const int64_t width = LLMOPS_CPU_CALL(attention_bwd_width)(p);
+    partial = new_output(q, {groups * p.plan.parts * p.keys * width}, ScalarType::Float);
+    g.partial = static_cast<float*>(partial->data_ptr());
+  }
+  const auto kernel = LLMOPS_CPU_CALL(attention_bwd);
+  const int64_t bytes = LLMOPS_CPU_CALL(attention_bwd_scratch)(g);
+  parallel_tasks(groups * p.plan.parts, threads, [&](int64_t task) {
+    const Scratch scratch(bytes);
+    kernel(g, task, scratch.data());
+  });
+  if (p.plan.parts > 1) {
+    const auto combine = LLMOPS_CPU_CALL(attention_bwd_combine);
+    parallel_rows(groups * p.keys, (p.dim + p.dim_v) * p.plan.parts,
+                  [&](int64_t begin, int64_t end) { combine(g, begin, end); });
+  }
+  if (!need_mask_grad) return {dq, dk, dv, std::nullopt};
+
+  LLMOPS_CHECK(p.mask_kind == ScoreMask::additive, kName,
+               ": only a floating-point mask has a gradient");
+  Tensor dmask = new_output(q, shape_of(*mask), ScalarType::Float);
+  if (dmask.numel() == 0) return {dq, dk, dv, dmask};
+  const int64_t shift = 4 - mask->dim();
+  for (int64_t d = 0; d < 4; ++d) {
+    g.dmask_size[d] = d < shift ? 1 : mask->size(d - shift);
+    g.dmask_stride[d] = d < shift ? 0 : dmask.stride(d - shift);
+  }
+  g.dmask = static_cast<float*>(dmask.data_ptr());
+  const auto mask_kernel = LLMOPS_CPU_CALL(attention_dmask);
+  const int64_t mask_bytes = LLMOPS_CPU_CALL(attention_dmask_scratch)(g);
+  parallel_tasks(LLMOPS_CPU_CALL(attention_dmask_tasks)(g), threads, [&](int64_t task) {
+    const Scratch scratch(mask_bytes);
+    mask_kernel(g, task, scratch.data());
+  });
+  return {dq, dk, dv, dmask};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> "
       "(Tensor, Tensor)");
+  // dmask is float32, whatever the mask is.
+  m.def(
+      "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? "
+      "mask, "
+      "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad) -> "
+      "(Tensor, Tensor, Tensor, Tensor?)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cpu));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd_cpu));
 }
 
 }  // namespace llmops

@@ -64,3 +64,19 @@ LLMOPS_CPU_KERNEL(void, attention_fwd, const llmops::cpu::AttentionParams&, int6
 // Merges the partial results of rows [begin, end) of B * Hkv * rows; plan.splits > 1.
 LLMOPS_CPU_KERNEL(void, attention_combine, const llmops::cpu::AttentionParams&, int64_t begin,
                   int64_t end)
+
+// Backward: dq, dk and dv. task: [0, B * Hkv * plan.parts).
+LLMOPS_CPU_KERNEL(int64_t, attention_bwd_scratch, const llmops::cpu::AttentionGradParams&)
+LLMOPS_CPU_KERNEL(void, attention_bwd, const llmops::cpu::AttentionGradParams&, int64_t task,
+                  void* scratch)
+// Adds up the parts of dk and dv for rows [begin, end) of B * Hkv * Tk; plan.parts > 1.
+LLMOPS_CPU_KERNEL(void, attention_bwd_combine, const llmops::cpu::AttentionGradParams&,
+                  int64_t begin, int64_t end)
+// Floats per key in AttentionGradParams::partial.
+LLMOPS_CPU_KERNEL(int64_t, attention_bwd_width, const llmops::cpu::AttentionParams&)
+
+// dmask. task: [0, tiles of the mask, 64 x 64 where neither dimension broadcasts).
+LLMOPS_CPU_KERNEL(int64_t, attention_dmask_scratch, const llmops::cpu::AttentionGradParams&)
+LLMOPS_CPU_KERNEL(int64_t, attention_dmask_tasks, const llmops::cpu::AttentionGradParams&)
+LLMOPS_CPU_KERNEL(void, attention_dmask, const llmops::cpu::AttentionGradParams&, int64_t task,
+                  void* scratch)

@@ -1,0 +1,321 @@
+// Attention backward: one task is one (batch, kv head), or one part of its query blocks, so that dk
+// and dv are summed by one thread in a fixed order. Formula: attention.h
+//
+// For each block of 64 queries and each block of 48 keys: S^T = K Q^T and dP^T = V dO^T with
+// queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T += K^T dS^T with queries
+// in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into fp32 sums over all
+// keys. 10 * Tq * Tk * D flops per head. What the causal limit hides is skipped as in the forward.
+#include "attention.h"
+
+#include "attention_grad.h"
+#include "attention_score.h"
+#include "attention_tile.h"
+#include "simd.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+struct Scratch {
+  float *q, *g;            // [padded D][64], [padded Dv][64]; half as many rows in pairs
+  float *q_rows, *g_rows;  // [64][padded D], [64][padded Dv]; pairs: [32][...], two queries a cell
+  float *s, *dp;           // [kGradKeys][64]
+  float* dq;               // [padded D][64]
+  float *k, *v;            // a block of keys and values, widened
+  float* k_pairs;          // [kGradKeys / 2][padded D]
+  bf16 *p16, *ds16;        // [kGradKeys][64]
+  float* ds_pairs;         // [kGradKeys / 2][64]
+  float *bias, *factor;
+  void* zeros;
+  GradLanes lanes;
+};
+
+LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
+
+template <class T, bool kPairs, unsigned kMods>
+LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+  Scratch s{};
+  s.q = arena.take<float>(dim * kLanes);
+  s.g = arena.take<float>(dim_v * kLanes);
+  s.q_rows = arena.take<float>(dim * kLanes);
+  s.g_rows = arena.take<float>(dim_v * kLanes);
+  s.s = arena.take<float>(kGradKeys * kLanes);
+  s.dp = arena.take<float>(kGradKeys * kLanes);
+  s.dq = arena.take<float>(dim * kLanes);
+  if (kPairs) {
+    s.k = arena.take<float>(p.dim % 2 ? kGradKeys * dim / 2 : 0);
+    s.v = arena.take<float>(p.dim_v % 2 ? kGradKeys * dim_v / 2 : 0);
+    s.k_pairs = arena.take<float>(kGradKeys / 2 * dim);
+    s.p16 = arena.take<bf16>(kGradKeys * kLanes);
+    s.ds16 = arena.take<bf16>(kGradKeys * kLanes);
+    s.ds_pairs = arena.take<float>(kGradKeys / 2 * kLanes);
+  } else if (sizeof(T) == 2) {
+    s.k = arena.take<float>(kGradKeys * dim);
+    s.v = arena.take<float>(kGradKeys * dim_v);
+  }
+  if (kMods & kMasked) s.bias = arena.take<float>(mask_scratch(kGradKeys));
+  s.factor = arena.take<float>(kLanes);
+  s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
+  s.lanes = take_grad_lanes(arena);
+  return s;
+}
+
+// sums [keys][ld] += A B, for the keys of a block: A [keys][64] cells over the queries, B
+// [64][ld] rows. Queries of vectors that do not see a group of keys are left out.
+template <bool kPairs>
+LLMOPS_OUTLINE void add_to_keys(Cells a, const float* b, int64_t ld, const QueryBlock& block,
+                                const int* visible, int keys, float* sums) {
+  constexpr int kStep = kPairs ? 2 : 1;
+  for (int i = 0; i < keys; i += kTileRows) {
+    const int rows = keys - i < kTileRows ? keys - i : kTileRows;
+    int j = 0;
+    while (j < block.vecs && visible[j] <= i) ++j;
+    const int64_t first = j * W / kStep, steps = (block.count + kStep - 1) / kStep - first;
+    if (steps <= 0) continue;
+    for (int64_t c = 0; c < ld; c += kTileVecs * W) {
+      const int vecs = clamp_int((ld - c) / W, 1, kTileVecs);
+      with_constant<kTileRows>(rows, [&](auto r) {
+        with_constant<kTileVecs>(vecs, [&](auto v) {
+          update_tile<r.value, v.value, kPairs>(a.at(i, first), b + first * ld + c, ld, steps,
+                                                sums + i * ld + c, ld, nullptr);
+        });
+      });
+    }
+  }
+}
+
+// A block of rows of k or v as the A operand against packed queries.
+template <class T, bool kPairs>
+LLMOPS_INLINE Cells key_cells(const T* rows, int64_t stride, int keys, int64_t dim, float* copy) {
+  if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    if (dim % 2) {
+      copy_rows(rows, stride, keys, dim, reinterpret_cast<bf16*>(copy), padded(dim));
+      return cells(copy, padded(dim) * 2, 4);
+    }
+#endif
+    return cells(rows, stride * 2, 4);
+  } else if constexpr (sizeof(T) == 2) {
+    widen_rows(rows, stride, keys, dim, copy, padded(dim));
+    return cells(copy, padded(dim) * 4, 4);
+  } else {
+    return cells(rows, stride * 4, 4);
+  }
+}
+
+template <bool kPairs, bool kNatural>
+LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, Vec factor) {
+  grad_lanes<kNatural>(s.lanes, s.s, s.dp, j, visible, keys, factor,
+                       [&](int k, int count, Vec p0, Vec ds0, Vec p1, Vec ds1)
+                           __attribute__((always_inline)) {
+                             const int at = k * kLanes + j * W;
+                             if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+                               store(s.p16 + at, p0);
+                               store(s.ds16 + at, ds0);
+                               store(s.ds_pairs + k / 2 * kLanes + j * W, make_pairs(ds0, ds1));
+                               if (count == 2) {
+                                 store(s.p16 + at + kLanes, p1);
+                                 store(s.ds16 + at + kLanes, ds1);
+                               }
+#endif
+                             } else {
+                               store(s.s + at, p0);
+                               store(s.dp + at, ds0);
+                               if (count == 2) {
+                                 store(s.s + at + kLanes, p1);
+                                 store(s.dp + at + kLanes, ds1);
+                               }
+                             }
+                           });
+}
+
+template <class T, bool kPairs, unsigned kMods>
+struct Backward {
+  static constexpr bool kNatural = kMods != kPlain;
+  const AttentionGradParams& g;
+  const AttentionParams& p;
+  const Scratch& s;
+  QueryBlock& block;
+  float *dk, *dv;  // [Tk][padded D], [Tk][padded Dv], fp32
+
+  Vec factor() const { return set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e); }
+
+  // Scores of a block of keys, modified.
+  Cells block_scores(int64_t key, int keys, int* visible) const {
+    const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
+    for (int j = 0; j < block.vecs; ++j) visible[j] = clamp_int(block.vec_limit[j] - key, 0, keys);
+    const Cells k_cells = key_cells<T, kPairs>(k, p.k_stride[2], keys, p.dim, s.k);
+    scores<kPairs>(k_cells, s.q, kPairs ? (p.dim + 1) / 2 : p.dim, keys, block.vecs, visible, s.s,
+                   nullptr);
+    if (kMods != kPlain || key + keys > block.full)
+      modify_scores<kMods>(p, block, key, keys, visible, s.s, s.bias, nullptr);
+    return k_cells;
+  }
+
+  void normalize() const {
+    for (int j = 0; j < block.vecs; ++j) store(s.lanes.norm + j * W, zero());
+    int visible[kBlockVecs];
+    for (int64_t key = 0; key < block.end; key += kGradKeys) {
+      block_scores(key, static_cast<int>(min64(kGradKeys, block.end - key)), visible);
+      for (int j = 0; j < block.vecs; ++j) {
+        Vec sum = load(s.lanes.norm + j * W);
+        const Vec lse = load(s.lanes.lse + j * W);
+        for (int k = 0; k < visible[j]; ++k)
+          sum = sum + probability<kNatural>(load(s.s + k * kLanes + j * W), lse, factor());
+        store(s.lanes.norm + j * W, sum);
+      }
+    }
+    for (int j = 0; j < block.vecs; ++j) {
+      const Vec sum = load(s.lanes.norm + j * W);
+      store(s.lanes.norm + j * W, select(equal(sum, zero()), zero(), set1(1.0f) / sum));
+    }
+  }
+
+  void add_keys(int64_t key, int keys) const {
+    [[maybe_unused]] const T* k =
+        row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
+    const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
+    const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+    int visible[kBlockVecs];
+    Cells k_cells = block_scores(key, keys, visible);
+    const Cells v_cells = key_cells<T, kPairs>(v, p.v_stride[2], keys, p.dim_v, s.v);
+    scores<kPairs>(v_cells, s.g, kPairs ? (p.dim_v + 1) / 2 : p.dim_v, keys, block.vecs, visible,
+                   s.dp, nullptr);
+    for (int j = 0; j < block.vecs; ++j)
+      if (visible[j] > 0) grad_block<kPairs, kNatural>(s, j, visible[j], keys, factor());
+
+    const Cells p_cells = kPairs ? cells(s.p16, kLanes * 2, 4) : cells(s.s, kLanes * 4, 4);
+    const Cells ds_cells = kPairs ? cells(s.ds16, kLanes * 2, 4) : cells(s.dp, kLanes * 4, 4);
+    add_to_keys<kPairs>(p_cells, s.g_rows, dim_v, block, visible, keys, dv + key * dim_v);
+    add_to_keys<kPairs>(ds_cells, s.q_rows, dim, block, visible, keys, dk + key * dim);
+    if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+      pack_row_pairs([&](int64_t i) { return k + i * p.k_stride[2]; }, keys, p.dim, s.k_pairs, dim);
+      k_cells = cells(s.k_pairs, dim * 4, 4);
+      for (int j = 0; j < block.vecs; ++j) visible[j] = (visible[j] + 1) / 2;
+#endif
+    }
+    // dQ^T[d] sums over keys: the same cells, rows and steps exchanged.
+    update_lanes<kPairs>(cells(k_cells.base, 4, k_cells.row), p.dim, kPairs ? s.ds_pairs : s.dp,
+                         block.vecs, visible, s.dq, nullptr);
+  }
+
+  void run_block(int64_t group, int64_t index) const {
+    begin_block(p, group, index, block);
+    const T *q[kLanes], *grad[kLanes];
+    begin_grad_block<T, kNatural>(g, block, static_cast<const T*>(s.zeros), s.lanes, q, grad);
+    const float sign = split_scale(p.scale).query;
+    const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+    if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+      pack_lane_pairs(q, block.count, p.dim, sign < 0.0f, s.q);
+      pack_lane_pairs(grad, block.count, p.dim_v, false, s.g);
+      pack_row_pairs([&](int64_t i) { return q[i]; }, block.count, p.dim, s.q_rows, dim);
+      pack_row_pairs([&](int64_t i) { return grad[i]; }, block.count, p.dim_v, s.g_rows, dim_v);
+#endif
+    } else {
+      pack_lanes(q, block.count, p.dim, sign, s.q);
+      pack_lanes(grad, block.count, p.dim_v, 1.0f, s.g);
+      for (int i = 0; i < block.count; ++i) {
+        widen_rows(q[i], 0, 1, p.dim, s.q_rows + i * dim, dim);
+        widen_rows(grad[i], 0, 1, p.dim_v, s.g_rows + i * dim_v, dim_v);
+      }
+    }
+    for (int j = 0; j < block.vecs; ++j) {
+      for (int64_t d = 0; d < p.dim; ++d) store(s.dq + d * kLanes + j * W, zero());
+      store(s.factor + j * W, set1(p.scale));
+    }
+    if (kNatural && needs_norm(block, s.lanes)) normalize();
+    for (int64_t key = 0; key < block.end; key += kGradKeys)
+      add_keys(key, static_cast<int>(min64(kGradKeys, block.end - key)));
+    T* dq[kLanes];
+    block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
+    unpack_lanes(s.dq, block.count, p.dim, s.factor, dq);
+  }
+};
+
+LLMOPS_INLINE void fill_zero(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
+
+// Row `key` of dk and dv from its fp32 sums.
+template <class T>
+LLMOPS_INLINE void write_row(const AttentionGradParams& g, int64_t group, int64_t key,
+                             const float* dk, const float* dv) {
+  const AttentionParams& p = g.fwd;
+  const int64_t batch = group / p.kv_heads, head = group % p.kv_heads;
+  T* dk_row = row_at(static_cast<T*>(g.dk), g.dk_stride, batch, head, key);
+  T* dv_row = row_at(static_cast<T*>(g.dv), g.dv_stride, batch, head, key);
+  for (int64_t d = 0; d < p.dim; d += W)
+    store_some(dk_row + d, load(dk + d) * set1(p.scale), p.dim - d);
+  for (int64_t d = 0; d < p.dim_v; d += W) store_some(dv_row + d, load(dv + d), p.dim_v - d);
+}
+
+template <class T, bool kPairs, unsigned kMods>
+LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratch) {
+  const AttentionParams& p = g.fwd;
+  Arena arena{static_cast<char*>(scratch)};
+  const Scratch s = layout<T, kPairs, kMods>(p, arena);
+  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+  const int64_t group = task / p.plan.parts, part = task % p.plan.parts;
+  float* sums = p.plan.parts > 1 ? g.partial + task * p.keys * (dim + dim_v)
+                                 : arena.take<float>(p.keys * (dim + dim_v));
+  fill_zero(sums, p.keys * (dim + dim_v));
+  fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
+  QueryBlock block;
+  const Backward<T, kPairs, kMods> backward{g, p, s, block, sums, sums + p.keys * dim};
+  for (int64_t index = part; index < p.plan.blocks; index += p.plan.parts)
+    backward.run_block(group, index);
+  if (p.plan.parts > 1) return;
+  for (int64_t key = 0; key < p.keys; ++key)
+    write_row<T>(g, group, key, backward.dk + key * dim, backward.dv + key * dim_v);
+}
+
+template <class T, bool kPairs>
+LLMOPS_INLINE void dispatch(const AttentionGradParams& g, int64_t task, void* scratch) {
+  if (g.fwd.mask_kind == ScoreMask::none) {
+    run<T, kPairs, kPlain>(g, task, scratch);
+  } else {
+    run<T, kPairs, kMasked>(g, task, scratch);
+  }
+}
+
+}  // namespace
+
+int64_t attention_bwd_width(const AttentionParams& p) { return padded(p.dim) + padded(p.dim_v); }
+
+int64_t attention_bwd_scratch(const AttentionGradParams& g) {
+  Arena arena{nullptr}, pairs{nullptr};
+  layout<bf16, false, kMasked>(g.fwd, arena);
+  layout<bf16, true, kMasked>(g.fwd, pairs);
+  const int64_t fixed =
+      max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
+  return fixed + (g.fwd.plan.parts > 1 ? 0 : g.fwd.keys * attention_bwd_width(g.fwd) * 4 + 64);
+}
+
+void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {
+  // Pairs know a sign of the scale, not the factor 0.
+  if (kHasPairs && g.fwd.type == DType::bf16 && g.fwd.scale != 0.0f) {
+    dispatch<bf16, kHasPairs>(g, task, scratch);
+    return;
+  }
+  LLMOPS_DISPATCH(g.fwd.type, T, (dispatch<T, false>(g, task, scratch)));
+}
+
+void attention_bwd_combine(const AttentionGradParams& g, int64_t begin, int64_t end) {
+  const AttentionParams& p = g.fwd;
+  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t group = r / p.keys, key = r % p.keys, stride = p.keys * (dim + dim_v);
+    float* first = g.partial + group * p.plan.parts * stride;
+    float *dk = first + key * dim, *dv = first + p.keys * dim + key * dim_v;
+    for (int64_t part = 1; part < p.plan.parts; ++part) {
+      for (int64_t d = 0; d < dim; d += W)
+        store(dk + d, load(dk + d) + load(dk + part * stride + d));
+      for (int64_t d = 0; d < dim_v; d += W)
+        store(dv + d, load(dv + d) + load(dv + part * stride + d));
+    }
+    LLMOPS_DISPATCH(p.type, T, (write_row<T>(g, group, key, dk, dv)));
+  }
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA
