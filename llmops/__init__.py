@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
+from llmops.ops.rope import rope, rope_qk, rope_qk_
+from llmops.ops.rope_tables import rope_tables
 from llmops.ops.softmax import softmax
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Every public operator; explain(), the support matrix and the conformance kit go by this list.
-OPERATORS = ("softmax",)
+OPERATORS = ("softmax", "rope", "rope_qk", "rope_qk_")
 
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
@@ -33,6 +35,10 @@ __all__ = [
     "backends",
     "explain",
     "info",
+    "rope",
+    "rope_qk",
+    "rope_qk_",
+    "rope_tables",
     "softmax",
     "use_backend",
 ]

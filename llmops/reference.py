@@ -260,6 +260,20 @@ def rope_qk(
     )
 
 
+def rope_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    turned = rope_qk(q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
+    return q.copy_(turned[0]), k.copy_(turned[1])
+
+
 # ---- activations ---------------------------------------------------------------------------------
 
 

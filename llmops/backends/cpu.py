@@ -48,3 +48,6 @@ if _extension.REASON is None:
     _raw = torch.ops.llmops_cpu
     softmax = _raw.softmax_fwd.default
     softmax_bwd = _raw.softmax_bwd.default
+    rope = _raw.rope.default
+    rope_qk = _raw.rope_qk.default
+    rope_qk_ = _raw.rope_qk_.default

@@ -1,0 +1,396 @@
+"""rope: rotary position embedding of one tensor, or of q and k in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops import backends, reference
+from llmops.dispatch import resolve
+from llmops.ops import _check
+from llmops.ops._op import LIBRARY, Op
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Rotary position embedding: pair i of every head turns by the angle of its token's position.
+
+    a' = a cos - b sin,  b' = b cos + a sin   with (a, b) = (x[i], x[i + R/2]), halves, or
+    (x[2i], x[2i + 1]), interleaved; elements from R on pass through.
+
+    Args:
+        x: [B, H, T, D], fp32/bf16/fp16 (fp64 on the reference), any strides.
+        cos, sin: [N, R/2] tables indexed by position (see rope_tables), or already gathered
+            [B, T, R/2] (or [1, T, R/2]). R <= D. Any float dtype; the kernels compute with fp32,
+            so fp32 tables cost no conversion. They take no gradient on the kernels.
+        position_ids: [T] or [B, T], int64 or int32, each in [0, N); None means 0 to T-1. Not with
+            gathered tables.
+        interleaved: pairs of neighbours (GPT-J), not halves (GPT-NeoX, Llama).
+        inverse: turns back: rope(rope(x), inverse=True) is x.
+        backend: "cpu", "triton", "cuda", "reference" or "auto"; None follows use_backend.
+
+    Returns:
+        Tensor of x's shape and dtype. In memory [B, T, H, D] when x is stored so (a transposed
+        projection), else [B, H, T, D]; the gradient likewise.
+
+    Raises:
+        TypeError, ValueError, IndexError (a position outside the tables): naming the argument, what
+        was expected and what came.
+        NotImplementedError: a named backend cannot serve the call.
+
+    Numerics: fp32, one rounding to x's dtype. The backward is the inverse rotation of the gradient.
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    """
+    _check_heads("rope", "x", x)
+    _check_tables("rope", x, cos, sin, position_ids)
+    name = _resolve("rope", x, cos, sin, position_ids, backend)
+    if name == "reference":
+        return reference.rope(
+            x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
+        )
+    cos, sin = _to_float(cos), _to_float(sin)
+    return _rope(x, cos, sin, position_ids, interleaved, inverse, _token_major(x), name)  # type: ignore[no-any-return]
+
+
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of q [B, Hq, T, D] and k [B, Hk, T, D] in one launch; head counts may differ.
+
+    Arguments, errors and numerics as `rope`. Both results take the memory order of q.
+
+    Returns:
+        (q, k), turned.
+    """
+    _check_pair("rope_qk", q, k)
+    _check_tables("rope_qk", q, cos, sin, position_ids)
+    name = _resolve("rope_qk", q, cos, sin, position_ids, backend)
+    if name == "reference":
+        return reference.rope_qk(
+            q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
+        )
+    cos, sin = _to_float(cos), _to_float(sin)
+    return _rope_qk(q, k, cos, sin, position_ids, interleaved, inverse, _token_major(q), name)  # type: ignore[no-any-return]
+
+
+def rope_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope_qk` in place: q and k are overwritten, and returned. For inference.
+
+    Arguments as `rope_qk`. q and k must each be dense in D and hold no element twice (no expanded
+    or overlapping memory), and share none; slices of one fused projection are fine.
+
+    Raises:
+        RuntimeError: q or k requires a gradient while gradients are recorded, or shares memory as
+            above.
+        Others as `rope`.
+    """
+    _check_pair("rope_qk_", q, k)
+    _check_tables("rope_qk_", q, cos, sin, position_ids)
+    _refuse_gradients(q, k)
+    name = _resolve("rope_qk_", q, cos, sin, position_ids, backend)
+    if not _is_compiling():
+        for argument, tensor in (("q", q), ("k", k)):
+            if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+                raise RuntimeError(
+                    f"llmops.rope_qk_: {argument} has stride {tensor.stride(3)} in its last "
+                    "dimension, expected 1; use llmops.rope_qk, which writes new tensors"
+                )
+    if name != "reference":
+        cos, sin = _to_float(cos), _to_float(sin)
+    torch.ops.llmops.rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse, name)
+    return q, k
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _check_heads(op: str, argument: str, x: Tensor) -> None:
+    _check.floating(op, argument, x)
+    if x.dim() != 4:
+        raise ValueError(
+            f"llmops.{op}: {argument} must be [B, H, T, D]; got shape {tuple(x.shape)}"
+        )
+
+
+def _check_pair(op: str, q: Tensor, k: Tensor) -> None:
+    _check_heads(op, "q", q)
+    _check_heads(op, "k", k)
+    qs, ks = q.shape, k.shape
+    if qs[0] != ks[0] or qs[2] != ks[2] or qs[3] != ks[3]:
+        raise ValueError(
+            f"llmops.{op}: q [B, Hq, T, D] and k [B, Hk, T, D] must agree in B, T and D; got "
+            f"{tuple(qs)} and {tuple(ks)}"
+        )
+    if q.dtype != k.dtype:
+        raise TypeError(
+            f"llmops.{op}: q has dtype {_check.dtype_name(q.dtype)} and k "
+            f"{_check.dtype_name(k.dtype)}; convert one, e.g. k.to(q.dtype)"
+        )
+    if q.device != k.device:
+        _check.same_device(op, "q", q, "k", k)
+
+
+def _check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Any) -> None:
+    _check.floating(op, "cos", cos)
+    _check.floating(op, "sin", sin)
+    shape, rank = cos.shape, cos.dim()
+    if rank not in (2, 3) or sin.shape != shape:
+        raise ValueError(
+            f"llmops.{op}: cos and sin must both be [N, R/2] or both [B, T, R/2]; got "
+            f"{tuple(shape)} and {tuple(sin.shape)}"
+        )
+    batch, _, tokens, head_dim = x.shape
+    if 2 * shape[-1] > head_dim:
+        raise ValueError(
+            f"llmops.{op}: cos and sin have {shape[-1]} columns, which turn {2 * shape[-1]} "
+            f"elements, but the head dim is {head_dim}; a table in which every angle stands twice "
+            "is cut with cos[..., : cos.shape[-1] // 2]"
+        )
+    if cos.device != x.device or sin.device != x.device:
+        _check.same_device(op, "x" if op == "rope" else "q", x, "cos", cos)
+        _check.same_device(op, "x" if op == "rope" else "q", x, "sin", sin)
+    if rank == 3:
+        if position_ids is not None:
+            raise ValueError(
+                f"llmops.{op}: position_ids goes with [N, R/2] tables; cos is already gathered, "
+                f"with shape {tuple(shape)}; drop one"
+            )
+        if shape[0] not in (1, batch) or shape[1] != tokens:
+            raise ValueError(
+                f"llmops.{op}: gathered cos and sin must be [B, T, R/2] with B 1 or {batch} and T "
+                f"{tokens}; got {tuple(shape)}"
+            )
+    elif position_ids is None:
+        if shape[0] < tokens:
+            raise ValueError(
+                f"llmops.{op}: {tokens} tokens need as many rows of cos and sin, which have "
+                f"{shape[0]}; make longer tables with llmops.rope_tables"
+            )
+    else:
+        _check_positions(op, x, position_ids)
+
+
+def _check_positions(op: str, x: Tensor, position_ids: Any) -> None:
+    if not isinstance(position_ids, Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
+        _check.fail_type(op, "position_ids", "an int64 or int32 Tensor", position_ids)
+    shape = position_ids.shape
+    batch, tokens = x.shape[0], x.shape[2]
+    if len(shape) not in (1, 2) or shape[-1] != tokens or (len(shape) == 2 and shape[0] not in (1, batch)):
+        raise ValueError(
+            f"llmops.{op}: position_ids must be [T] or [B, T] with B {batch} and T {tokens}; got "
+            f"{tuple(shape)}"
+        )
+    if position_ids.device != x.device:
+        _check.same_device(op, "x" if op == "rope" else "q", x, "position_ids", position_ids)
+
+
+def _refuse_gradients(q: Tensor, k: Tensor) -> None:
+    if _is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        raise RuntimeError(
+            f"llmops.rope_qk_: {'q' if q.requires_grad else 'k'} requires a gradient, which an "
+            "in-place rotation does not record; use llmops.rope_qk, or torch.no_grad() around it"
+        )
+
+
+def _resolve(
+    op: str, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, backend: str | None
+) -> str:
+    name = resolve(op, x.device, x.dtype, (), backend)
+    if name == "reference":
+        if position_ids is not None and not _is_compiling() and position_ids.numel():
+            # Indexing would take a negative position from the tables' end.
+            low, high = int(position_ids.min()), int(position_ids.max())
+            if low < 0 or high >= cos.shape[0]:
+                raise IndexError(
+                    f"llmops.{op}: position_ids holds {low if low < 0 else high}, but cos and sin "
+                    f"have {cos.shape[0]} rows; make longer tables with llmops.rope_tables"
+                )
+    elif (cos.requires_grad or sin.requires_grad) and _is_grad_enabled():
+        raise NotImplementedError(
+            f'llmops.{op}: cos or sin requires a gradient, which backend "{name}" does not compute; '
+            'use backend="reference", or pass cos.detach() and sin.detach()'
+        )
+    return name
+
+
+def _to_float(table: Tensor) -> Tensor:
+    return table if table.dtype == torch.float32 else table.float()
+
+
+def _token_major(x: Tensor) -> bool:
+    """True when x lies in memory as [B, T, H, D]: results and gradients then do as well, and the
+    projection around needs no copy."""
+    return x.stride(1) < x.stride(2)
+
+
+# ---- the operators -------------------------------------------------------------------------------
+
+
+def _ordered(x: Tensor, token_major: bool) -> Tensor:
+    """x in the memory order that the operator promises."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if token_major else x.contiguous()
+
+
+def _empty(x: Tensor, token_major: bool) -> Tensor:
+    b, h, t, d = x.shape
+    if token_major:
+        return x.new_empty((b, t, h, d)).transpose(1, 2)
+    return x.new_empty((b, h, t, d))
+
+
+def _forward(
+    x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, inverse: bool, token_major: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    if backend != "cpu":
+        backend = resolve("rope", x.device, x.dtype, (), backend)
+    if backend == "reference":
+        turned = reference.rope(
+            x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
+        )
+        return _ordered(turned, token_major)
+    return backends.get(backend).rope(  # type: ignore[no-any-return]
+        x, cos, sin, position_ids, interleaved, inverse, token_major
+    )
+
+
+def _fake(
+    x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, inverse: bool, token_major: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    return _empty(x, token_major)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], first: int) -> None:
+    cos, sin, position_ids, *flags = inputs[first:]
+    ctx.save_for_backward(cos, sin, position_ids)
+    ctx.flags = flags
+    ctx.set_materialize_grads(False)
+
+
+def _inverse(ctx: Any, table_position: int) -> tuple[Any, ...]:
+    """The arguments of the backward's call of the same operator: the rotation turned back."""
+    if ctx.needs_input_grad[table_position] or ctx.needs_input_grad[table_position + 1]:
+        raise NotImplementedError(
+            "llmops.rope: the kernels compute no gradient of cos and sin; use "
+            'backend="reference", or detach them'
+        )
+    interleaved, inverse, token_major, backend = ctx.flags
+    return (*ctx.saved_tensors, interleaved, not inverse, token_major, backend)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs, 1)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
+    return (_rope(grad, *_inverse(ctx, 1)), *(None,) * 7)
+
+
+def _forward_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, inverse: bool, token_major: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend != "cpu":
+        backend = resolve("rope_qk", q.device, q.dtype, (), backend)
+    if backend == "reference":
+        turned = reference.rope_qk(
+            q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
+        )
+        return _ordered(turned[0], token_major), _ordered(turned[1], token_major)
+    return backends.get(backend).rope_qk(  # type: ignore[no-any-return]
+        q, k, cos, sin, position_ids, interleaved, inverse, token_major
+    )
+
+
+def _fake_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, inverse: bool, token_major: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(q, token_major), _empty(k, token_major)
+
+
+def _setup_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, 2)
+
+
+def _backward_qk(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Any, ...]:
+    if grad_q is not None and grad_k is not None:
+        dq, dk = _rope_qk(grad_q, grad_k, *_inverse(ctx, 2))
+        return (dq, dk, *(None,) * 7)
+    dq = None if grad_q is None else _rope(grad_q, *_inverse(ctx, 2))
+    dk = None if grad_k is None else _rope(grad_k, *_inverse(ctx, 2))
+    return (dq, dk, *(None,) * 7)
+
+
+def _forward_qk_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, inverse: bool, backend: str,
+) -> None:  # fmt: skip
+    _refuse_gradients(q, k)
+    if backend != "cpu":
+        backend = resolve("rope_qk_", q.device, q.dtype, (), backend)
+    if backend == "reference":
+        reference.rope_qk_(q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
+        return
+    backends.get(backend).rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse)
+    # Tells autograd that earlier operations which saved q or k must not use them any more.
+    torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
+
+
+_FLAGS = "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse"
+_rope = Op(
+    f"rope(Tensor x, {_FLAGS}, bool token_major, str backend) -> Tensor",
+    forward=_forward,
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+)
+_rope_qk = Op(
+    f"rope_qk(Tensor q, Tensor k, {_FLAGS}, bool token_major, str backend) -> (Tensor, Tensor)",
+    forward=_forward_qk,
+    fake=_fake_qk,
+    setup=_setup_qk,
+    backward=_backward_qk,
+)
+# In place: no autograd, so no Op. It mutates, and says so in its schema.
+LIBRARY.define(
+    f"rope_qk_(Tensor(a!) q, Tensor(b!) k, {_FLAGS}, str backend) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("rope_qk_", _forward_qk_, "CompositeExplicitAutograd")
+torch.library.register_fake("llmops::rope_qk_", lambda *args: None, lib=LIBRARY)
