@@ -74,68 +74,46 @@ LLMOPS_INLINE float exponentials(const X* x, float* e, int64_t n, float factor, 
   return combine_add(s);
 }
 
-template <class X, class Y, class M>
-LLMOPS_INLINE void forward(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid,
-                           float* scratch) {
-  const X* x = static_cast<const X*>(row.x);
-  Y* y = static_cast<Y*>(row.y);
+// The phases are functions of one or two types each, dispatched one after the other: all
+// combinations of x, mask and y in one function would be 27 copies of it.
+
+// Maximum over the valid part of a row, in units of log2 after scaling.
+template <class X>
+LLMOPS_INLINE float row_top(const X* x, int64_t valid, float factor) {
+  // A negative factor turns the order round: the largest logit is then the smallest x.
+  const Vec sign = set1(factor < 0.0f ? -1.0f : 1.0f);
   Vec m[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
   int64_t i = 0;
-  if (p.mask_kind == MaskKind::none) {
-    for (; i + kBlock <= valid; i += kBlock) {
-      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) m[j] = max(m[j], load(x + i + j * W));
-    }
-    // A negative scale turns the order round: the largest logit is then the smallest x.
-    if (p.scale < 0.0f) {
-      Vec low = set1(kInf);
-      for (i = 0; i < valid; i += W)
-        low = min(low, load_n(x + i, valid - i < W ? static_cast<int>(valid - i) : W, kInf));
-      m[0] = m[1] = m[2] = m[3] = set1(-reduce_max(zero() - low));
-    } else {
-      for (; i < valid; i += W)
-        m[0] = max(m[0], load_n(x + i, valid - i < W ? static_cast<int>(valid - i) : W, -kInf));
-    }
-  } else {
-    const M* mask = static_cast<const M*>(row.mask);
-    for (; i + kBlock <= valid; i += kBlock) {
-      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
-        const Vec v = logits(p, x, mask, i + j * W, W);
-        store(scratch + i + j * W, v);
-        m[j] = max(m[j], v);
-      }
-    }
-    for (; i < valid; i += W) {
-      const int left = valid - i < W ? static_cast<int>(valid - i) : W;
-      const Vec v = select(first_n(left), logits(p, x, mask, i, left), set1(-kInf));
-      store_n(scratch + i, v, left);
-      m[0] = max(m[0], v);
-    }
+  for (; i + kBlock <= valid; i += kBlock) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) m[j] = max(m[j], load(x + i + j * W) * sign);
   }
-  const float factor = p.mask_kind == MaskKind::none ? p.scale * kLog2e : 1.0f;
-  const float top = combine_max(m);
-  // Nothing left in the row: its maximum is -inf, and -inf - -inf would be NaN.
-  if (p.zero_if_empty && (valid == 0 || factor * top == -kInf)) {
-    fill_zero(y, 0, p.n);
-    return;
+  for (; i < valid; i += W) {
+    const int left = valid - i < W ? static_cast<int>(valid - i) : W;
+    m[0] = max(m[0], select(first_n(left), load_n(x + i, left) * sign, set1(-kInf)));
   }
-  float* e = scratch;
-  if constexpr (sizeof(Y) == 4) e = static_cast<float*>(row.y);
-  // scale 0: 0 * top would be NaN for an infinite top, as it is for the element itself.
-  const float sum = p.mask_kind == MaskKind::none ? exponentials(x, e, valid, factor, factor * top)
-                                                  : exponentials(scratch, e, valid, 1.0f, top);
-  normalize(e, y, valid, sum);
-  if (valid < p.n) fill_zero(y, valid, p.n);
+  return combine_max(m) * (factor < 0.0f ? -factor : factor);
 }
 
-template <class X, class Y>
-LLMOPS_INLINE void forward_mask(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid,
-                                float* scratch) {
-  if (p.mask_kind != MaskKind::additive || p.mask_type == DType::f32)
-    forward<X, Y, float>(p, row, valid, scratch);
-  else if (p.mask_type == DType::bf16)
-    forward<X, Y, bf16>(p, row, valid, scratch);
-  else
-    forward<X, Y, fp16>(p, row, valid, scratch);
+// Scaled and masked logits of the valid part, kept in `z`; returns their maximum.
+template <class X, class M>
+LLMOPS_INLINE float masked_logits(const SoftmaxParams& p, const X* x, const M* mask, int64_t valid,
+                                  float* z) {
+  Vec m[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+  int64_t i = 0;
+  for (; i + kBlock <= valid; i += kBlock) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+      const Vec v = logits(p, x, mask, i + j * W, W);
+      store(z + i + j * W, v);
+      m[j] = max(m[j], v);
+    }
+  }
+  for (; i < valid; i += W) {
+    const int left = valid - i < W ? static_cast<int>(valid - i) : W;
+    const Vec v = select(first_n(left), logits(p, x, mask, i, left), set1(-kInf));
+    store_n(z + i, v, left);
+    m[0] = max(m[0], v);
+  }
+  return combine_max(m);
 }
 
 template <class Y, class X>
@@ -167,8 +145,34 @@ LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* 
 }  // namespace
 
 void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid, float* scratch) {
-  LLMOPS_DISPATCH(p.x_type, X,
-                  LLMOPS_DISPATCH(p.y_type, Y, { forward_mask<X, Y>(p, row, valid, scratch); }));
+  const float factor = p.scale * kLog2e;
+  float top = -kInf;
+  if (p.mask_kind == MaskKind::none) {
+    LLMOPS_DISPATCH(p.x_type, X, top = row_top(static_cast<const X*>(row.x), valid, factor));
+  } else {
+    const DType mask_type = p.mask_kind == MaskKind::additive ? p.mask_type : DType::f32;
+    LLMOPS_DISPATCH(p.x_type, X, LLMOPS_DISPATCH(mask_type, M, {
+                      top = masked_logits(p, static_cast<const X*>(row.x),
+                                          static_cast<const M*>(row.mask), valid, scratch);
+                    }));
+  }
+  // Nothing left in the row: its maximum is -inf, and -inf - -inf would be NaN.
+  if (p.zero_if_empty && (valid == 0 || top == -kInf)) {
+    LLMOPS_DISPATCH(p.y_type, Y, fill_zero(static_cast<Y*>(row.y), 0, p.n));
+    return;
+  }
+  float* e = p.y_type == DType::f32 ? static_cast<float*>(row.y) : scratch;
+  float sum = 0.0f;
+  if (p.mask_kind == MaskKind::none) {
+    LLMOPS_DISPATCH(p.x_type, X,
+                    sum = exponentials(static_cast<const X*>(row.x), e, valid, factor, top));
+  } else {
+    sum = exponentials(scratch, e, valid, 1.0f, top);
+  }
+  LLMOPS_DISPATCH(p.y_type, Y, {
+    normalize(e, static_cast<Y*>(row.y), valid, sum);
+    if (valid < p.n) fill_zero(static_cast<Y*>(row.y), valid, p.n);
+  });
 }
 
 void softmax_bwd_row(DType y_type, DType dx_type, int64_t n, float scale, const void* y,
