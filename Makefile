@@ -47,8 +47,8 @@ bench: install
 	$(BIN)/python -m llmops bench
 
 # The CUDA sources, compiled for every architecture they are for; needs no GPU.
-cuda: $(VENV)/.ready
-	LLMOPS_CUDA=1 $(BIN)/python setup.py -q build_ext --build-temp build/cuda --build-lib build/cuda
+cuda: install
+	LLMOPS_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/llmops/_C.abi3.so'); \
 	print('CUDA kernels built and loaded:', torch.ops.llmops_cuda.softmax_fwd)"
 

@@ -143,11 +143,13 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
         objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        build_file = objects / "build.ninja"
-        text = self.ninja_text(torch, objects, output)
+        nvcc = cuda_wanted(torch)
+        # Two build files over the same objects: a CUDA build and a CPU build share the kernels.
+        build_file = objects / ("build.cuda.ninja" if nvcc else "build.ninja")
+        text = self.ninja_text(torch, nvcc, objects, output)
         if not build_file.exists() or build_file.read_text() != text:
             build_file.write_text(text)
-        command = [self.ninja(), "-C", str(objects)]
+        command = [self.ninja(), "-C", str(objects), "-f", build_file.name]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         subprocess.run(command, check=True)
@@ -163,9 +165,8 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
             return found
         return str(Path(ninja.BIN_DIR) / "ninja")
 
-    def ninja_text(self, torch: Path, objects: Path, output: Path) -> str:
+    def ninja_text(self, torch: Path, nvcc: Path | None, objects: Path, output: Path) -> str:
         cxx = os.environ.get("CXX", "c++")
-        nvcc = cuda_wanted(torch)
         csrc = ROOT / "csrc"
         target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
         binding_flags = (
@@ -185,10 +186,10 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
             for isa, flags in ISA_FLAGS.items():
                 obj = objects / f"{source.stem}.{isa}.o"
                 file.compile("cxx", source, obj, f"-DLLMOPS_ISA={isa} {KERNEL} {flags}")
-        cuda_define = "-DLLMOPS_WITH_CUDA" if nvcc else ""
+        cuda_define, kind = ("-DLLMOPS_WITH_CUDA", "binding.cuda") if nvcc else ("", "binding")
         for source in sorted((csrc / "bindings").glob("*.cpp")):
             flags = f"{binding_flags} {cuda_define} {self.isa_define()}"
-            file.compile("cxx", source, objects / f"binding.{source.stem}.o", flags)
+            file.compile("cxx", source, objects / f"{kind}.{source.stem}.o", flags)
         libs = f"-L{quote(torch / 'lib')} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
         if nvcc:
             archs = gencode(os.environ.get("LLMOPS_CUDA_ARCHS", CUDA_ARCHS))

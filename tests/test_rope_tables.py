@@ -95,7 +95,9 @@ def test_rope_tables_scalings_differ() -> None:
 
 
 def test_rope_tables_config_forms() -> None:
-    new = llmops.rope_tables(32, 8, scaling={"rope_type": "linear", "factor": 2, "rope_theta": 77.0})
+    new = llmops.rope_tables(
+        32, 8, scaling={"rope_type": "linear", "factor": 2, "rope_theta": 77.0}
+    )
     old = llmops.rope_tables(32, 8, base=77.0, scaling={"type": "linear", "factor": 2})
     assert torch.equal(new[0], old[0]) and torch.equal(new[1], old[1])
     plain = llmops.rope_tables(32, 8)

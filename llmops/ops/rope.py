@@ -59,9 +59,7 @@ def rope(
     _check_tables("rope", x, cos, sin, position_ids)
     name = _resolve("rope", x, cos, sin, position_ids, backend)
     if name == "reference":
-        return reference.rope(
-            x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
-        )
+        return reference.rope(x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
     cos, sin = _to_float(cos), _to_float(sin)
     return _rope(x, cos, sin, position_ids, interleaved, inverse, _token_major(x), name)  # type: ignore[no-any-return]
 
@@ -207,7 +205,11 @@ def _check_positions(op: str, x: Tensor, position_ids: Any) -> None:
         _check.fail_type(op, "position_ids", "an int64 or int32 Tensor", position_ids)
     shape = position_ids.shape
     batch, tokens = x.shape[0], x.shape[2]
-    if len(shape) not in (1, 2) or shape[-1] != tokens or (len(shape) == 2 and shape[0] not in (1, batch)):
+    if (
+        len(shape) not in (1, 2)
+        or shape[-1] != tokens
+        or (len(shape) == 2 and shape[0] not in (1, batch))
+    ):
         raise ValueError(
             f"llmops.{op}: position_ids must be [T] or [B, T] with B {batch} and T {tokens}; got "
             f"{tuple(shape)}"
@@ -277,9 +279,7 @@ def _forward(
     if backend != "cpu":
         backend = resolve("rope", x.device, x.dtype, (), backend)
     if backend == "reference":
-        turned = reference.rope(
-            x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
-        )
+        turned = reference.rope(x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
         return _ordered(turned, token_major)
     return backends.get(backend).rope(  # type: ignore[no-any-return]
         x, cos, sin, position_ids, interleaved, inverse, token_major

@@ -31,7 +31,9 @@ def samples(make: Make) -> Iterator[Sample]:
         (make(1, 2, 3, 40), *tables(make, 3, 20)),
         {"interleaved": True, "inverse": True},
     )
-    yield Sample("decode-2x4x1x128", (make(2, 4, 1, 128), *tables(make, 9, 64), make.ints(2, 1, high=9)))
+    yield Sample(
+        "decode-2x4x1x128", (make(2, 4, 1, 128), *tables(make, 9, 64), make.ints(2, 1, high=9))
+    )
     yield Sample("partial-1x2x7x80", (make(1, 2, 7, 80), *tables(make, 7, 16)))
     yield Sample("partial-pairs-1x2x7x33", (make(1, 2, 7, 33), *tables(make, 7, 9)), pairs)
     yield Sample("none-1x1x2x5", (make(1, 1, 2, 5), *tables(make, 2, 0)))
@@ -56,9 +58,13 @@ def samples_qk(make: Make) -> Iterator[Sample]:
     q, k = make(2, 4, 5, 64), make(2, 2, 5, 64)
     yield Sample("2x4+2x5x64", (q, k, *tables(make, 9, 32)))
     pairs = {"interleaved": True}
-    yield Sample("pairs-1x3+1x4x22", (make(1, 3, 4, 22), make(1, 1, 4, 22), *tables(make, 4, 11)), pairs)
+    yield Sample(
+        "pairs-1x3+1x4x22", (make(1, 3, 4, 22), make(1, 1, 4, 22), *tables(make, 4, 11)), pairs
+    )
     ids = make.ints(3, 1, high=20)
-    yield Sample("decode-3x8+2x1x32", (make(3, 8, 1, 32), make(3, 2, 1, 32), *tables(make, 20, 16), ids))
+    yield Sample(
+        "decode-3x8+2x1x32", (make(3, 8, 1, 32), make(3, 2, 1, 32), *tables(make, 20, 16), ids)
+    )
     fixed = make(1, 2, 3, 16, grad=False)
     yield Sample("k-fixed-1x2+2x3x16", (make(1, 2, 3, 16), fixed, *tables(make, 3, 8)))
     q, k = token_major(make, 2, 4, 3, 24), token_major(make, 2, 2, 3, 24)
