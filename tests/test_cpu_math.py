@@ -1,0 +1,137 @@
+"""The vector layer csrc/cpu/simd*.h by itself, per instruction set: conversions bit by bit, and the
+maximum errors that simd_math.h states. Compiled here into small libraries and called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmops.testing import targets
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = """
+#include "simd.h"
+using namespace llmops::cpu;
+using namespace llmops::cpu::LLMOPS_ISA;
+#define MAP(name) extern "C" void map_##name(const float* x, float* y, long n) { \\
+  for (long i = 0; i < n; i += W) { \\
+    const int left = n - i < W ? n - i : W; \\
+    store_n(y + i, name(load_n(x + i, left)), left); } }
+MAP(exp2) MAP(exp) MAP(sigmoid)
+#define CONVERT(T) \\
+  extern "C" void widen_##T(const T* x, float* y, long n) { \\
+    long i = 0; \\
+    for (; i + W <= n; i += W) store(y + i, load(x + i)); \\
+    store_n(y + i, load_n(x + i, n - i), n - i); } \\
+  extern "C" void narrow_##T(const float* x, T* y, long n) { \\
+    long i = 0; \\
+    for (; i + W <= n; i += W) store(y + i, load(x + i)); \\
+    store_n(y + i, load_n(x + i, n - i), n - i); }
+CONVERT(bf16) CONVERT(fp16)
+"""
+ISAS = [t.isa for t in targets() if t.isa]
+
+
+def isa_flags(isa: str) -> list[str]:
+    """The flags that the build uses for this instruction set."""
+    text = (ROOT / "setup.py").read_text()
+    scope: dict[str, object] = {}
+    begin = text.index("ISA_FLAGS = {")
+    exec(text[begin : text.index("}\n", begin) + 2], scope)
+    return str(scope["ISA_FLAGS"][isa]).split()  # type: ignore[index]
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("simd")
+    (folder / "simd_test.cpp").write_text(SOURCE)
+    output = folder / f"simd_{request.param}.so"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-shared", "-fPIC", "-w"]
+    command += [f"-I{ROOT / 'csrc/cpu'}", f"-DLLMOPS_ISA={request.param}"]
+    command += [*isa_flags(request.param), str(folder / "simd_test.cpp"), "-o", str(output)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(output))
+
+
+def apply(function: object, x: np.ndarray, out_type: type) -> np.ndarray:
+    x = np.ascontiguousarray(x)
+    y = np.empty(x.shape, out_type)
+    call: Callable[..., None] = function  # type: ignore[assignment]
+    call(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), ctypes.c_long(x.size))
+    return y
+
+
+def ulps(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest error in units of the last place of the fp32 result, over normal results."""
+    rounded = want.astype(np.float32)
+    normal = np.isfinite(rounded) & (np.abs(rounded) >= np.finfo(np.float32).tiny)
+    error = np.abs(got[normal].astype(np.float64) - want[normal])
+    return float((error / np.spacing(np.abs(rounded[normal])).astype(np.float64)).max())
+
+
+def spread(low: float, high: float) -> np.ndarray:
+    return np.random.default_rng(0).uniform(low, high, 1 << 20).astype(np.float32)
+
+
+def test_cpu_math_exp2(library: ctypes.CDLL) -> None:
+    x = np.concatenate([spread(-126, 128), spread(-1, 1), np.arange(-126, 128, dtype=np.float32)])
+    assert ulps(apply(library.map_exp2, x, np.float32), np.exp2(x.astype(np.float64))) < 1.6
+
+
+def test_cpu_math_exp(library: ctypes.CDLL) -> None:
+    x = np.concatenate([spread(-87, 88.7), spread(-1, 1)])
+    assert ulps(apply(library.map_exp, x, np.float32), np.exp(x.astype(np.float64))) < 1.6
+
+
+@pytest.mark.parametrize("name", ["exp", "exp2"])
+def test_cpu_math_exponential_limits(library: ctypes.CDLL, name: str) -> None:
+    x = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0, -0.0, 200, -200], np.float32)
+    y = apply(getattr(library, f"map_{name}"), x, np.float32)
+    assert np.isnan(y[0])
+    np.testing.assert_array_equal(y[1:], np.array([np.inf, 0, np.inf, 0, 1, 1, np.inf, 0]))
+    # Gradual underflow: subnormal results are right to the last subnormal bit or two.
+    x = spread(-149, -126) if name == "exp2" else spread(-103, -88)
+    want = getattr(np, name)(x.astype(np.float64))
+    error = np.abs(apply(getattr(library, f"map_{name}"), x, np.float32) - want)
+    assert error.max() <= 1.5 * 2.0**-149
+
+
+def test_cpu_math_sigmoid(library: ctypes.CDLL) -> None:
+    x = np.concatenate([spread(-80, 80), spread(-2, 2)])
+    want = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert ulps(apply(library.map_sigmoid, x, np.float32), want) < 3.0
+    y = apply(library.map_sigmoid, np.array([np.nan, np.inf, -np.inf], np.float32), np.float32)
+    assert np.isnan(y[0]) and y[1] == 1 and y[2] == 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_cpu_math_conversions_bit_by_bit(
+    library: ctypes.CDLL, name: str, dtype: torch.dtype
+) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    want = torch.from_numpy(every.view(np.int16)).view(dtype).float().numpy()
+    np.testing.assert_array_equal(apply(getattr(library, f"widen_{name}"), every, np.float32), want)
+    # Rounding: random bits of every exponent, the values halfway between two, and the specials.
+    bits = np.random.default_rng(1).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
+    halves = (every.astype(np.uint32) << 16) | 0x8000
+    x = np.concatenate([bits, halves, halves + 1, halves - 1]).view(np.float32)
+    ties = want[np.isfinite(want)]
+    x = np.concatenate([x, ((ties[1:].astype(np.float64) + ties[:-1]) / 2).astype(np.float32)])
+    got = apply(getattr(library, f"narrow_{name}"), x, np.uint16)
+    rounded = torch.from_numpy(x).to(dtype)
+    expected = rounded.view(torch.int16).numpy().view(np.uint16)
+    nan = np.isnan(x)
+    # vcvtneps2bf16 treats subnormal fp32 input and output as zero, below any tolerance in use.
+    tiny = np.abs(x) < np.finfo(np.float32).tiny
+    same = (got == expected) | (tiny & ((got & 0x7FFF) <= 1) if name == "bf16" else False)
+    assert bool(same[~nan].all())
+    assert bool(torch.from_numpy(got[nan].view(np.int16)).view(dtype).isnan().all())
