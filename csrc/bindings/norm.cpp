@@ -1,5 +1,6 @@
 #include "norm.h"
 
+#include <initializer_list>
 #include <memory>
 
 namespace llmops {
@@ -17,26 +18,64 @@ constexpr int64_t kMaxChunks = 64;
 // A tensor as rows of its last `dims` dimensions flattened, each row dense.
 struct Rows {
   Tensor tensor;
-  std::vector<int64_t> strides;  // of the leading dimensions
   char* data;
   int64_t size;  // of an element, in bytes
+  bool contiguous;
+
+  Rows(const Tensor& t, int64_t dims) : tensor(t), contiguous(t.is_contiguous()) {
+    if (!contiguous && !trailing_dense(t, dims)) {
+      tensor = torch::stable::contiguous(t);
+      contiguous = true;
+    }
+    data = static_cast<char*>(tensor.data_ptr());
+    size = element_size(tensor.scalar_type());
+  }
+
+ private:
+  static bool trailing_dense(const Tensor& t, int64_t dims) {
+    int64_t expected = 1;
+    for (int64_t d = t.dim() - 1; d >= t.dim() - dims; --d) {
+      if (t.size(d) == 1) continue;
+      if (t.stride(d) != expected) return false;
+      expected *= t.size(d);
+    }
+    return true;
+  }
 };
 
-bool trailing_dense(const Tensor& t, int64_t dims) {
-  int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= t.dim() - dims; --d) {
-    if (t.size(d) == 1) continue;
-    if (t.stride(d) != expected) return false;
-    expected *= t.size(d);
+// Where the rows of several tensors of one shape lie. Contiguous ones, which is nearly always, need
+// no index and no allocation: at decode sizes these would show.
+class RowWalk {
+ public:
+  RowWalk(std::initializer_list<const Rows*> all, int64_t dims, int64_t rows, int64_t n)
+      : rows_(rows), n_(n) {
+    bool contiguous = true;
+    for (const Rows* r : all) contiguous = contiguous && (!r || r->contiguous);
+    if (contiguous) return;
+    std::vector<std::vector<int64_t>> strides;
+    std::vector<int64_t> sizes;
+    for (const Rows* r : all) {
+      if (!r) continue;
+      strides.push_back(leading_strides(r->tensor, dims));
+      if (sizes.empty()) sizes = shape_of(r->tensor);
+    }
+    sizes.resize(sizes.size() - dims);
+    index_.emplace(sizes, strides);
   }
-  return true;
-}
+  // Rows from `row` on, before `end`, that lie one step apart in every tensor.
+  int64_t run(int64_t row, int64_t end) const { return index_ ? index_->run(row, end) : end - row; }
+  char* at(const Rows& rows, size_t k, int64_t row) const {
+    return rows.data + (index_ ? index_->offset(k, row) : row * n_) * rows.size;
+  }
+  int64_t step(const Rows& rows, size_t k) const {
+    return (index_ ? index_->step(k) : n_) * rows.size;
+  }
+  int64_t rows() const { return rows_; }
 
-Rows rows_of(const Tensor& t, int64_t dims) {
-  Tensor dense = t.is_contiguous() || trailing_dense(t, dims) ? t : torch::stable::contiguous(t);
-  auto* data = static_cast<char*>(dense.data_ptr());
-  return {dense, leading_strides(dense, dims), data, element_size(dense.scalar_type())};
-}
+ private:
+  int64_t rows_, n_;
+  std::optional<RowIndex> index_;
+};
 
 // weight or bias in fp32, with the offset: the tensor's own memory, or `storage`.
 const float* widened(const std::optional<Tensor>& t, int64_t n, float offset, const char* name,
@@ -46,13 +85,15 @@ const float* widened(const std::optional<Tensor>& t, int64_t n, float offset, co
     for (int64_t i = 0; i < n; ++i) storage[i] = offset;
     return storage.get();
   }
-  LLMOPS_CHECK(t->numel() == n && t->is_contiguous(), name,
-               ": weight and bias must be dense and have ", n, " elements as a row has, got ",
-               t->numel());
+  LLMOPS_CHECK(t->numel() == n, name, ": weight and bias must have the ", n,
+               " elements of a row, got ", t->numel());
   const cpu::DType type = kernel_dtype(t->scalar_type(), name);
-  if (type == cpu::DType::f32 && offset == 0.0f) return static_cast<const float*>(t->data_ptr());
+  const bool dense = t->is_contiguous();
+  if (type == cpu::DType::f32 && offset == 0.0f && dense)
+    return static_cast<const float*>(t->data_ptr());
+  const Tensor source = dense ? *t : torch::stable::contiguous(*t);
   storage.reset(new float[n]);
-  LLMOPS_CPU_CALL(norm_widen)(type, n, t->data_ptr(), offset, storage.get());
+  LLMOPS_CPU_CALL(norm_widen)(type, n, source.data_ptr(), offset, storage.get());
   return storage.get();
 }
 
@@ -82,7 +123,7 @@ std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor
                                         const NormAffine& affine) {
   Setup setup(kernels.name, x_in, affine);
   cpu::NormParams& p = setup.p;
-  const Rows x = rows_of(x_in, affine.dims);
+  const Rows x(x_in, affine.dims);
   const std::vector<int64_t> shape = shape_of(x_in);
   const Tensor y = new_output(x_in, shape);
   Tensor h = x_in;
@@ -94,32 +135,31 @@ std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor
     LLMOPS_CHECK(type == x_in.scalar_type() || type == ScalarType::Float, kernels.name,
                  ": residual must be float32 or have x's dtype, got ", dtype_name(type));
     p.residual_type = p.h_type = kernel_dtype(type, kernels.name);
-    residual = rows_of(*residual_in, affine.dims);
+    residual.emplace(*residual_in, affine.dims);
     h = new_output(*residual_in, shape);
   }
-  const int64_t count = x_in.numel();
+  const int64_t count = x_in.numel(), n = p.n;
   if (count == 0) return {y, h};
   const int64_t h_size = residual ? residual->size : 0;
   p.stream = count * (x.size > h_size ? x.size : h_size) > kStreamFromBytes;
 
-  std::vector<int64_t> sizes(shape.begin(), shape.end() - affine.dims);
-  std::vector<std::vector<int64_t>> strides = {x.strides};
-  if (residual) strides.push_back(residual->strides);
-  const RowIndex index(sizes, strides);
-  const int64_t n = p.n;
+  const RowWalk walk({&x, residual ? &*residual : nullptr}, affine.dims, count / n, n);
   auto* y_data = static_cast<char*>(y.data_ptr());
   auto* h_data = residual ? static_cast<char*>(h.data_ptr()) : nullptr;
-  parallel_rows(index.rows(), n, [&](int64_t begin, int64_t end) {
+  const bool in_place = p.x_type == cpu::DType::f32 && !residual;
+  parallel_rows(walk.rows(), n, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(in_place ? nullptr : new float[n]);
     for (int64_t row = begin; row < end;) {
       cpu::NormForwardRows rows{};
-      rows.count = index.run(row, end);
-      rows.x = x.data + index.offset(0, row) * x.size;
-      rows.x_step = index.step(0) * x.size;
+      rows.count = walk.run(row, end);
+      rows.scratch = scratch.get();
+      rows.x = walk.at(x, 0, row);
+      rows.x_step = walk.step(x, 0);
       rows.y = y_data + row * n * x.size;
       rows.y_step = n * x.size;
       if (residual) {
-        rows.residual = residual->data + index.offset(1, row) * h_size;
-        rows.residual_step = index.step(1) * h_size;
+        rows.residual = walk.at(*residual, 1, row);
+        rows.residual_step = walk.step(*residual, 1);
         rows.h = h_data + row * n * h_size;
         rows.h_step = n * h_size;
       }
@@ -138,51 +178,43 @@ NormGradients norm_backward(const NormKernels& kernels, const Tensor& dy_in, con
   const std::vector<int64_t> shape = shape_of(h_in);
   const ScalarType x_type = dy_in.scalar_type(), h_type = h_in.scalar_type();
   LLMOPS_CHECK(shape_of(dy_in) == shape && (x_type == h_type || h_type == ScalarType::Float),
-               kernels.name,
-               ": the gradient must have its input's shape, and its dtype or a 16-bit one");
+               kernels.name, ": dy must have h's shape, and its dtype or a 16-bit one");
   LLMOPS_CHECK(!dh_in.has_value() || (shape_of(*dh_in) == shape && dh_in->scalar_type() == h_type),
-               kernels.name, ": the sum's gradient must have its shape and dtype");
+               kernels.name, ": dh must have h's shape and dtype");
   p.x_type = kernel_dtype(x_type, kernels.name);
   need_x = need_x && x_type != h_type;
   need_h = need_h || need_x;  // the kernel writes dx beside dh
   const bool need_bias = need_params && affine.centered;
 
   const std::vector<int64_t> none = {0};
-  NormGradients out;
-  out.dh = new_output(h_in, need_h ? shape : none);
-  out.dx = new_output(dy_in, need_x ? shape : none);
   const std::vector<int64_t> row_shape(shape.end() - affine.dims, shape.end());
-  const ScalarType param_type = affine.weight.has_value() ? affine.weight->scalar_type()
-                                : affine.bias.has_value() ? affine.bias->scalar_type()
-                                                          : h_type;
-  out.dweight = new_output(h_in, need_params ? row_shape : none, param_type);
-  out.dbias = new_output(h_in, need_bias ? row_shape : none, param_type);
-
+  const auto type_of = [&](const std::optional<Tensor>& t) {
+    return t.has_value() ? t->scalar_type() : ScalarType::Float;
+  };
+  NormGradients out{new_output(h_in, need_h ? shape : none),
+                    new_output(dy_in, need_x ? shape : none),
+                    new_output(h_in, need_params ? row_shape : none, type_of(affine.weight)),
+                    new_output(h_in, need_bias ? row_shape : none, type_of(affine.bias))};
   const int64_t n = p.n;
   if (n == 0) return out;
-  const Rows dy = rows_of(dy_in, affine.dims), h = rows_of(h_in, affine.dims);
-  std::vector<int64_t> sizes(shape.begin(), shape.end() - affine.dims);
-  std::vector<std::vector<int64_t>> strides = {dy.strides, h.strides};
-  std::optional<Rows> sum_grad;
-  if (dh_in.has_value()) {
-    sum_grad = rows_of(*dh_in, affine.dims);
-    strides.push_back(sum_grad->strides);
-  }
-  const RowIndex index(sizes, strides);
-  const int64_t count = index.rows();
+  const Rows dy(dy_in, affine.dims), h(h_in, affine.dims);
+  std::optional<Rows> dh;
+  if (dh_in.has_value()) dh.emplace(*dh_in, affine.dims);
+  const int64_t count = h_in.numel() / n;
+  const RowWalk walk({&dy, &h, dh ? &*dh : nullptr}, affine.dims, count, n);
   auto* dh_data = static_cast<char*>(out.dh.data_ptr());
   auto* dx_data = static_cast<char*>(out.dx.data_ptr());
   const auto run = [&](int64_t begin, int64_t end, float* dweight, float* dbias) {
     for (int64_t row = begin; row < end;) {
       cpu::NormBackwardRows rows{};
-      rows.count = index.run(row, end);
-      rows.dy = dy.data + index.offset(0, row) * dy.size;
-      rows.dy_step = index.step(0) * dy.size;
-      rows.h = h.data + index.offset(1, row) * h.size;
-      rows.h_step = index.step(1) * h.size;
-      if (sum_grad) {
-        rows.dh_in = sum_grad->data + index.offset(2, row) * h.size;
-        rows.dh_in_step = index.step(2) * h.size;
+      rows.count = walk.run(row, end);
+      rows.dy = walk.at(dy, 0, row);
+      rows.dy_step = walk.step(dy, 0);
+      rows.h = walk.at(h, 1, row);
+      rows.h_step = walk.step(h, 1);
+      if (dh) {
+        rows.dh_in = walk.at(*dh, 2, row);
+        rows.dh_in_step = walk.step(*dh, 2);
       }
       rows.dh_step = n * h.size;
       rows.dx_step = n * dy.size;
@@ -208,9 +240,12 @@ NormGradients norm_backward(const NormKernels& kernels, const Tensor& dy_in, con
     run(count * chunk / chunks, count * (chunk + 1) / chunks, dweight.get() + chunk * n,
         need_bias ? dbias.get() + chunk * n : nullptr);
   });
-  const cpu::DType type = kernel_dtype(param_type, kernels.name);
-  LLMOPS_CPU_CALL(norm_reduce)(type, chunks, n, dweight.get(), out.dweight.data_ptr());
-  if (need_bias) LLMOPS_CPU_CALL(norm_reduce)(type, chunks, n, dbias.get(), out.dbias.data_ptr());
+  const auto reduce = LLMOPS_CPU_CALL(norm_reduce);
+  reduce(kernel_dtype(out.dweight.scalar_type(), kernels.name), chunks, n, dweight.get(),
+         out.dweight.data_ptr());
+  if (need_bias)
+    reduce(kernel_dtype(out.dbias.scalar_type(), kernels.name), chunks, n, dbias.get(),
+           out.dbias.data_ptr());
   return out;
 }
 

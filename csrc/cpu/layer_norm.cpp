@@ -1,8 +1,9 @@
-// Layer norm, add + layer norm and their backward: the rows of norm_rows.h with centering. Formula:
-// layer_norm.h
+// Layer norm, add + layer norm and their backward: the row loops shared by the norms, with
+// centering. Formula: layer_norm.h
 #include "layer_norm.h"
 
-#include "norm_rows.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 

@@ -1,8 +1,9 @@
-// RMS norm, add + RMS norm and their backward: the rows of norm_rows.h without centering. Formula:
-// rms_norm.h
+// RMS norm, add + RMS norm and their backward: the row loops shared by the norms, without
+// centering. Formula: rms_norm.h
 #include "rms_norm.h"
 
-#include "norm_rows.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 
