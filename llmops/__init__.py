@@ -11,6 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
+from llmops.ops.attention import attention
+from llmops.ops.merge_attention import merge_attention
+from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from llmops.ops.softmax import softmax
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Every public operator; explain(), the support matrix and the conformance kit go by this list.
-OPERATORS = ("softmax",)
+OPERATORS = ("attention", "merge_attention", "scaled_dot_product_attention", "softmax")
 
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
@@ -30,9 +33,12 @@ __all__ = [
     "OPERATORS",
     "Decision",
     "FallbackWarning",
+    "attention",
     "backends",
     "explain",
     "info",
+    "merge_attention",
+    "scaled_dot_product_attention",
     "softmax",
     "use_backend",
 ]

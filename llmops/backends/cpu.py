@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Arguments of an op that have no kernel yet, as its front door names them in Call.features.
+_MISSING = {"attention": ("window", "alibi_slopes", "softcap", "sinks")}
+
 
 def available() -> str | None:
     """None when usable, else the reason."""
@@ -33,6 +36,9 @@ def supports(call: Call) -> str | None:
         return f"it computes float32, bfloat16 and float16, and this is {call.dtype}"
     if call.op not in globals():
         return f"it has no {call.op}"
+    for feature in _MISSING.get(call.op, ()):
+        if feature in call.features:
+            return f"its {call.op} has no {feature} yet"
     return None
 
 
@@ -44,3 +50,7 @@ if _extension.REASON is None:
     _raw = torch.ops.llmops_cpu
     softmax = _raw.softmax_fwd.default
     softmax_bwd = _raw.softmax_bwd.default
+    attention = _raw.attention_fwd.default
+    attention_bwd = _raw.attention_bwd.default
+    merge_attention = _raw.merge_attention_fwd.default
+    merge_attention_bwd = _raw.merge_attention_bwd.default
