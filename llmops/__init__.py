@@ -11,8 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
+from llmops.ops.attention import attention
+from llmops.ops.merge_attention import merge_attention
 from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
+from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from llmops.ops.softmax import softmax
 
 if TYPE_CHECKING:
@@ -21,7 +24,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Every public operator; explain(), the support matrix and the conformance kit go by this list.
-OPERATORS = ("softmax", "rope", "rope_qk", "rope_qk_")
+OPERATORS = (
+    "attention",
+    "merge_attention",
+    "rope",
+    "rope_qk",
+    "rope_qk_",
+    "scaled_dot_product_attention",
+    "softmax",
+)
 
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
@@ -32,13 +43,16 @@ __all__ = [
     "OPERATORS",
     "Decision",
     "FallbackWarning",
+    "attention",
     "backends",
     "explain",
     "info",
+    "merge_attention",
     "rope",
     "rope_qk",
     "rope_qk_",
     "rope_tables",
+    "scaled_dot_product_attention",
     "softmax",
     "use_backend",
 ]

@@ -146,6 +146,14 @@ def _resolve_constant(
 _resolve_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def requested(backend: str | None = None) -> str | None:
+    """What a call asks for: its argument, the enclosing use_backend or the environment; None inside
+    explain, which wants an answer and no error."""
+    if type(_state.requested) is _Explain:
+        return None
+    return backend or _state.requested or _environment()
+
+
 def _environment() -> str:
     name = os.environ.get("LLMOPS_BACKEND", "auto")
     _check_name(name, "environment variable LLMOPS_BACKEND")

@@ -128,14 +128,86 @@ def attention(
     )
 
 
+def attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    need_mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and (fp32, the mask's shape) dmask from the forward's results:
+    P = exp(s - lse), dS = P * (dout . v - dout . out + dlse)."""
+    group = q.shape[1] // max(k.shape[1], 1)
+    wq, wk, wv, grad = _wide(q), _wide(k), _wide(v), _wide(grad_out)
+    if group > 1:
+        wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
+    scores = wq @ wk.transpose(-1, -2) * scale
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + _wide(mask)
+    if causal:
+        keep = _causal_keep(q.shape[2], k.shape[2], q.device)
+        scores = scores.masked_fill(~keep, -math.inf)
+    empty = (lse == -math.inf)[..., None]
+    weights = torch.exp(scores - lse[..., None].masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
+    delta = (grad * _wide(out)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    dscores = weights * (grad @ wv.transpose(-1, -2) - delta[..., None])
+    dq = (dscores @ wk * scale).to(q.dtype)
+    dk, dv = dscores.transpose(-1, -2) @ wq * scale, weights.transpose(-1, -2) @ grad
+    if group > 1:
+        dk, dv = (t.unflatten(1, (k.shape[1], group)).sum(2) for t in (dk, dv))
+    dmask = None
+    if need_mask_grad and mask is not None:
+        dmask = dscores.sum_to_size(mask.shape)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dmask
+
+
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(lse_a, lse_b)
-    empty = lse == -math.inf
-    weight_a = torch.exp(lse_a - lse.masked_fill(empty, 0.0))[..., None]
-    weight_b = torch.exp(lse_b - lse.masked_fill(empty, 0.0))[..., None]
-    return (_wide(out_a) * weight_a + _wide(out_b) * weight_b).to(out_a.dtype), lse
+    # Not logaddexp: where both are -inf its gradient is NaN.
+    top = torch.maximum(lse_a, lse_b).detach()
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = weight_a + weight_b
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    lse = (top + torch.log(safe)).masked_fill(empty, -math.inf)
+    out = _wide(out_a) * (weight_a / safe)[..., None] + _wide(out_b) * (weight_b / safe)[..., None]
+    return out.to(out_a.dtype), lse
+
+
+def merge_attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w = softmax over the two; dout_x = w_x dout, dlse_x = w_x (dlse + dout . (out_x - out))."""
+    top = torch.maximum(lse_a, lse_b).detach()
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = weight_a + weight_b
+    safe = total.masked_fill(total == 0, 1.0)
+    weight_a, weight_b = weight_a / safe, weight_b / safe
+    grad = _wide(grad_out)
+    both = weight_a * weight_b * (grad * (_wide(out_a) - _wide(out_b))).sum(-1)
+    return (
+        (grad * weight_a[..., None]).to(out_a.dtype),
+        both + weight_a * grad_lse,
+        (grad * weight_b[..., None]).to(out_b.dtype),
+        weight_b * grad_lse - both,
+    )
 
 
 # ---- norms ---------------------------------------------------------------------------------------

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES = {
+    "attention": "forward, backward",
+    "merge_attention": "forward, backward",
+    "rope": "forward, backward",
+    "rope_qk": "forward, backward",
+    "rope_qk_": "in place",
+    "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
 }
+
+# Arguments of an op that have no kernel yet, as its front door names them in Call.features.
+_MISSING = {"attention": ("window", "alibi_slopes", "softcap", "sinks")}
 
 
 def available() -> str | None:
@@ -37,6 +46,9 @@ def supports(call: Call) -> str | None:
         return f"it computes float32, bfloat16 and float16, and this is {call.dtype}"
     if call.op not in globals():
         return f"it has no {call.op}"
+    for feature in _MISSING.get(call.op, ()):
+        if feature in call.features:
+            return f"its {call.op} has no {feature} yet"
     return None
 
 
@@ -51,3 +63,7 @@ if _extension.REASON is None:
     rope = _raw.rope.default
     rope_qk = _raw.rope_qk.default
     rope_qk_ = _raw.rope_qk_.default
+    attention = _raw.attention_fwd.default
+    attention_bwd = _raw.attention_bwd.default
+    merge_attention = _raw.merge_attention_fwd.default
+    merge_attention_bwd = _raw.merge_attention_bwd.default
