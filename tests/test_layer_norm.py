@@ -21,8 +21,8 @@ TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
 
 
 @TARGETS
-@pytest.mark.parametrize("n", (7, 100, 4096))
-@pytest.mark.parametrize("mean", (25_000.0, -25_000.0))
+@pytest.mark.parametrize("n", [7, 100, 4096])
+@pytest.mark.parametrize("mean", [25_000.0, -25_000.0])
 def test_layer_norm_large_mean(target: Target, mean: float, n: int) -> None:
     """Residual streams reach 25,000: the variance must not drown in the mean's square.
 
@@ -43,7 +43,7 @@ def test_layer_norm_large_mean(target: Target, mean: float, n: int) -> None:
 
 
 @TARGETS
-@pytest.mark.parametrize("at", ("first", "last"))
+@pytest.mark.parametrize("at", ["first", "last"])
 def test_layer_norm_outliers(target: Target, at: str) -> None:
     """A few huge values, at the row's begin (from where the shift is taken) or at its end."""
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_layer_norm_nan_stays_in_row(target: Target, dtype: torch.dtype) -> None
     assert bool(got[4].isnan().all()) and bool(got[6].isnan().all())
 
 
-@pytest.mark.parametrize("which", ("y", "h", "both"))
+@pytest.mark.parametrize("which", ["y", "h", "both"])
 def test_add_layer_norm_gradient_of_each_output(which: str) -> None:
     """A gradient for one output alone, or both; parameters that ask for none get none."""
     torch.manual_seed(0)

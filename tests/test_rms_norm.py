@@ -21,7 +21,7 @@ globals().update(suite(SPEC_ADD))
 TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_rms_norm_default_eps_is_that_of_torch(dtype: torch.dtype) -> None:
     x = torch.full((2, 8), 1e-4).to(dtype)  # x^2 is below the epsilons in question
     got = llmops.rms_norm(x, 8, backend="reference" if dtype == torch.float64 else None)
@@ -59,7 +59,7 @@ def test_rms_norm_nan_stays_in_row(target: Target, dtype: torch.dtype) -> None:
     assert bool(got[4].isnan().all()) and bool(got[6, 0].isnan())
 
 
-@pytest.mark.parametrize("which", ("y", "h", "both"))
+@pytest.mark.parametrize("which", ["y", "h", "both"])
 def test_add_rms_norm_gradient_of_each_output(which: str) -> None:
     """A gradient for one output alone, or both; parameters that ask for none get none."""
     torch.manual_seed(0)

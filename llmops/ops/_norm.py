@@ -70,7 +70,7 @@ def widest(*tensors: Tensor | None) -> torch.dtype:
 
 
 def kernel_residual(x: Tensor, residual: Tensor) -> Tensor:
-    """The residual in x's dtype or fp32, as the kernels take it; the sum's dtype does not change."""
+    """The residual in x's dtype or fp32, as the kernels take it; the sum's dtype stays."""
     if residual.dtype in (x.dtype, torch.float32):
         return residual
     return residual.float()
@@ -86,8 +86,6 @@ def gradient(like: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Te
     return like.new_empty(like.shape if needed else (0,), dtype=dtype)
 
 
-def parameter_gradient(
-    h: Tensor, parameter: Tensor | None, dims: int, needed: bool
-) -> Tensor:
+def parameter_gradient(h: Tensor, parameter: Tensor | None, dims: int, needed: bool) -> Tensor:
     dtype = torch.float32 if parameter is None else parameter.dtype
     return h.new_empty(h.shape[h.dim() - dims :] if needed else (0,), dtype=dtype)

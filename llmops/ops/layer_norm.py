@@ -45,7 +45,7 @@ def layer_norm(
     Numerics: fp32 throughout, rounded once; the variance is that of x less a value near its mean,
     so that a mean of 25,000 beside a deviation of 1 costs nothing. A NaN stays in its row. The
     parameters' gradients are summed in chunks of rows that depend on the shape alone: the same bits
-    with any number of threads. The backward keeps x and nothing else: it takes the statistics again.
+    with any number of threads. The backward keeps x alone, and takes the statistics again.
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """

@@ -46,7 +46,7 @@ def rms_norm(
 
     Numerics: fp32 throughout, rounded once. A NaN stays in its row. The weight's gradient is summed
     in chunks of rows that depend on the shape alone: the same bits with any number of threads. The
-    backward keeps x and nothing else: it takes the statistics again.
+    backward keeps x alone, and takes the statistics again.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
