@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
 from llmops.ops.attention import attention
+from llmops.ops.layer_norm import add_layer_norm, layer_norm
 from llmops.ops.merge_attention import merge_attention
+from llmops.ops.rms_norm import add_rms_norm, rms_norm
 from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
 from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -25,8 +27,12 @@ __version__ = "0.1.0"
 
 # Every public operator; explain(), the support matrix and the conformance kit go by this list.
 OPERATORS = (
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
+    "layer_norm",
     "merge_attention",
+    "rms_norm",
     "rope",
     "rope_qk",
     "rope_qk_",
@@ -43,11 +49,15 @@ __all__ = [
     "OPERATORS",
     "Decision",
     "FallbackWarning",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "backends",
     "explain",
     "info",
+    "layer_norm",
     "merge_attention",
+    "rms_norm",
     "rope",
     "rope_qk",
     "rope_qk_",

@@ -235,6 +235,11 @@ def layer_norm(
     return y.to(x.dtype)
 
 
+def rms_norm_eps(dtype: torch.dtype) -> float:
+    """What F.rms_norm takes where eps is None: the epsilon of the dtype it computes in."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+
+
 def rms_norm(
     x: Tensor,
     normalized_shape: int | Sequence[int],
@@ -244,7 +249,7 @@ def rms_norm(
     weight_offset: float = 0.0,
 ) -> Tensor:
     dims, wide = _dims(normalized_shape), _wide(x)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = rms_norm_eps(x.dtype) if eps is None else eps
     y = wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
     if weight is not None:
         y = y * (weight.to(wide.dtype) + weight_offset)
@@ -276,10 +281,88 @@ def add_rms_norm(
     *,
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = rms_norm_eps(x.dtype) if eps is None else eps
     total = _add(x, residual)
     normed = rms_norm(total, normalized_shape, weight, eps, weight_offset=weight_offset)
     return normed.to(x.dtype), total
+
+
+def _norm_bwd(
+    dy: Tensor,
+    h: Tensor,
+    dh: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dims: int,
+    weight_offset: float,
+    centered: bool,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of h = x + residual (dh, that of the output h, added), the same in dy's dtype,
+    and the parameters'; what is not needed has no elements."""
+    over, rows = tuple(range(-dims, 0)), tuple(range(h.dim() - dims))
+    wide, g = _wide(h), _wide(dy).to(_wide(h).dtype)
+    if centered:
+        wide = wide - wide.mean(over, keepdim=True)
+    rstd = torch.rsqrt(wide.square().mean(over, keepdim=True) + eps)
+    z = wide * rstd
+    shape = h.shape[h.dim() - dims :]
+
+    def of_parameter(product: Tensor, parameter: Tensor | None) -> Tensor:
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        if not need[2]:
+            return product.new_empty(0, dtype=dtype)
+        # (A sum over no dimensions at all would be one over every dimension.)
+        return (product.sum(rows) if rows else product).reshape(shape).to(dtype)
+
+    dweight, dbias = of_parameter(g * z, weight), of_parameter(g, bias)
+    if weight is not None:
+        g = g * (weight.to(g.dtype) + weight_offset)
+    total = g - z * (g * z).mean(over, keepdim=True)
+    if centered:
+        total = total - g.mean(over, keepdim=True)
+    total = total * rstd
+    if dh is not None:
+        total = total + _wide(dh)
+    return (
+        total.to(h.dtype) if need[0] else h.new_empty(0),
+        total.to(dy.dtype) if need[1] else dy.new_empty(0),
+        dweight,
+        dbias,
+    )
+
+
+def rms_norm_bwd(
+    dy: Tensor,
+    h: Tensor,
+    dh: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    dims: int,
+    weight_offset: float,
+    need_h: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need = (need_h, need_x, need_weight)
+    return _norm_bwd(dy, h, dh, weight, None, eps, dims, weight_offset, False, need)[:3]
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    h: Tensor,
+    dh: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dims: int,
+    need_h: bool,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need = (need_h, need_x, need_params)
+    return _norm_bwd(dy, h, dh, weight, bias, eps, dims, 0.0, True, need)
 
 
 # ---- positions -----------------------------------------------------------------------------------

@@ -12,15 +12,15 @@ NormKernels kernels() {
 }
 
 Tensor layer_norm_fwd_cpu(const Tensor& x, const std::optional<Tensor>& weight,
-                          const std::optional<Tensor>& bias, int64_t dims, double eps) {
+                          const std::optional<Tensor>& bias, double eps, int64_t dims) {
   const NormAffine affine{weight, bias, true, dims, eps, 0.0};
   return std::get<0>(norm_forward(kernels(), x, std::nullopt, affine));
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm_fwd_cpu(const Tensor& x, const Tensor& residual,
                                                   const std::optional<Tensor>& weight,
-                                                  const std::optional<Tensor>& bias, int64_t dims,
-                                                  double eps) {
+                                                  const std::optional<Tensor>& bias, double eps,
+                                                  int64_t dims) {
   const NormAffine affine{weight, bias, true, dims, eps, 0.0};
   return norm_forward(kernels(), x, residual, affine);
 }
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, 
                                                               const std::optional<Tensor>& dh,
                                                               const std::optional<Tensor>& weight,
                                                               const std::optional<Tensor>& bias,
-                                                              int64_t dims, double eps, bool need_h,
+                                                              double eps, int64_t dims, bool need_h,
                                                               bool need_x, bool need_params) {
   const NormAffine affine{weight, bias, true, dims, eps, 0.0};
   NormGradients g = norm_backward(kernels(), dy, h, dh, affine, need_h, need_x, need_params);
@@ -39,15 +39,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor");
+  m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, int dims=1) -> Tensor");
   m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int dims, "
-      "float eps) -> (Tensor, Tensor)");
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
+      "int dims=1) -> (Tensor, Tensor)");
   // h: what was normalized (x, or the sum); dh: the gradient of the output h. Gives dh in total,
   // the same in dy's dtype where that differs, dweight, dbias; of no elements where not needed.
   m.def(
-      "layer_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, Tensor? bias, int dims, "
-      "float eps, bool need_h, bool need_x, bool need_params) "
+      "layer_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, Tensor? bias, float eps, "
+      "int dims, bool need_h, bool need_x, bool need_params) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {

@@ -11,24 +11,24 @@ NormKernels kernels() {
   return {"llmops.rms_norm", LLMOPS_CPU_CALL(rms_norm_fwd), LLMOPS_CPU_CALL(rms_norm_bwd)};
 }
 
-Tensor rms_norm_fwd_cpu(const Tensor& x, const std::optional<Tensor>& weight, int64_t dims,
-                        double eps, double weight_offset) {
+Tensor rms_norm_fwd_cpu(const Tensor& x, const std::optional<Tensor>& weight, double eps,
+                        int64_t dims, double weight_offset) {
   const NormAffine affine{weight, std::nullopt, false, dims, eps, weight_offset};
   return std::get<0>(norm_forward(kernels(), x, std::nullopt, affine));
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_fwd_cpu(const Tensor& x, const Tensor& residual,
-                                                const std::optional<Tensor>& weight, int64_t dims,
-                                                double eps, double weight_offset) {
+                                                const std::optional<Tensor>& weight, double eps,
+                                                int64_t dims, double weight_offset) {
   const NormAffine affine{weight, std::nullopt, false, dims, eps, weight_offset};
   return norm_forward(kernels(), x, residual, affine);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tensor& h,
                                                     const std::optional<Tensor>& dh,
-                                                    const std::optional<Tensor>& weight,
-                                                    int64_t dims, double eps, double weight_offset,
-                                                    bool need_h, bool need_x, bool need_weight) {
+                                                    const std::optional<Tensor>& weight, double eps,
+                                                    int64_t dims, double weight_offset, bool need_h,
+                                                    bool need_x, bool need_weight) {
   const NormAffine affine{weight, std::nullopt, false, dims, eps, weight_offset};
   NormGradients g = norm_backward(kernels(), dy, h, dh, affine, need_h, need_x, need_weight);
   return {g.dh, g.dx, g.dweight};
@@ -38,14 +38,15 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def(
-      "rms_norm_fwd(Tensor x, Tensor? weight, int dims, float eps, float weight_offset) -> Tensor");
+      "rms_norm_fwd(Tensor x, Tensor? weight, float eps, int dims=1, float weight_offset=0.0) "
+      "-> Tensor");
   m.def(
-      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, int dims, float eps, "
-      "float weight_offset) -> (Tensor, Tensor)");
+      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps, int dims=1, "
+      "float weight_offset=0.0) -> (Tensor, Tensor)");
   // h: what was normalized (x, or the sum); dh: the gradient of the output h. Gives dh in total,
   // the same in dy's dtype where that differs, dweight; of no elements where not needed.
   m.def(
-      "rms_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, int dims, float eps, "
+      "rms_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, float eps, int dims, "
       "float weight_offset, bool need_h, bool need_x, bool need_weight) "
       "-> (Tensor, Tensor, Tensor)");
 }

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES = {
+    "add_layer_norm": "forward, backward",
+    "add_rms_norm": "forward, backward",
     "attention": "forward, backward",
+    "layer_norm": "forward, backward",
     "merge_attention": "forward, backward",
+    "rms_norm": "forward, backward",
     "rope": "forward, backward",
     "rope_qk": "forward, backward",
     "rope_qk_": "in place",
@@ -67,3 +71,9 @@ if _extension.REASON is None:
     attention_bwd = _raw.attention_bwd.default
     merge_attention = _raw.merge_attention_fwd.default
     merge_attention_bwd = _raw.merge_attention_bwd.default
+    rms_norm = _raw.rms_norm_fwd.default
+    add_rms_norm = _raw.add_rms_norm_fwd.default
+    rms_norm_bwd = _raw.rms_norm_bwd.default
+    layer_norm = _raw.layer_norm_fwd.default
+    add_layer_norm = _raw.add_layer_norm_fwd.default
+    layer_norm_bwd = _raw.layer_norm_bwd.default
