@@ -89,6 +89,7 @@ void make_plan(AttentionParams& p) {
   const int64_t heads = p.heads / p.kv_heads, groups = p.batch * p.kv_heads;
   const int64_t rows = heads * p.queries;
   auto& plan = p.plan;
+  plan.decode = rows <= cpu::kAttentionDecodeRows;
   plan.packed = heads > 1 && p.queries < cpu::kAttentionLanes;
   plan.blocks = plan.packed ? div_up(rows, cpu::kAttentionLanes)
                             : heads * div_up(p.queries, cpu::kAttentionLanes);
@@ -173,8 +174,10 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q_in, const Tensor& k
     p.partial = static_cast<float*>(partial->data_ptr());
   }
   const bool threads = worth_threads(p);
-  const auto kernel = LLMOPS_CPU_CALL(attention_fwd);
-  const int64_t bytes = LLMOPS_CPU_CALL(attention_fwd_scratch)(p);
+  const auto kernel =
+      p.plan.decode ? LLMOPS_CPU_CALL(attention_decode) : LLMOPS_CPU_CALL(attention_fwd);
+  const int64_t bytes = p.plan.decode ? LLMOPS_CPU_CALL(attention_decode_scratch)(p)
+                                      : LLMOPS_CPU_CALL(attention_fwd_scratch)(p);
   parallel_tasks(groups * p.plan.blocks * p.plan.splits, threads, [&](int64_t task) {
     const Scratch scratch(bytes);
     kernel(p, task, scratch.data());
@@ -229,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd_cpu(
   if (p.queries > 0 && groups > 0) {
     make_plan(p);
   } else {
-    p.plan = {false, 0, 1, p.keys, 1};  // no queries: dk and dv are zeros
+    p.plan = {false, false, 0, 1, p.keys, 1};  // no queries: dk and dv are zeros
   }
   std::optional<Tensor> partial;
   if (p.plan.parts > 1) {

@@ -17,6 +17,7 @@ constexpr int64_t kAttentionDecodeRows = 8;  // up to here a (batch, kv head) is
 // The work is cut into tasks by shape alone, so that results do not depend on the thread count.
 // The query rows of one (batch, kv head) are numbered head * Tq + t over its group of heads.
 struct AttentionPlan {
+  bool decode;         // rows <= kAttentionDecodeRows: attention_decode, one block
   bool packed;         // blocks of 64 rows run across the heads of a group (short queries)
   int64_t blocks;      // query blocks per (batch, kv head)
   int64_t splits;      // parts the keys are split into, merged by log-sum-exp
@@ -60,6 +61,10 @@ struct AttentionGradParams {
 LLMOPS_CPU_KERNEL(int64_t, attention_fwd_scratch, const llmops::cpu::AttentionParams&)
 // task: [0, B * Hkv * blocks * splits).
 LLMOPS_CPU_KERNEL(void, attention_fwd, const llmops::cpu::AttentionParams&, int64_t task,
+                  void* scratch)
+// The same for plan.decode. task: [0, B * Hkv * splits).
+LLMOPS_CPU_KERNEL(int64_t, attention_decode_scratch, const llmops::cpu::AttentionParams&)
+LLMOPS_CPU_KERNEL(void, attention_decode, const llmops::cpu::AttentionParams&, int64_t task,
                   void* scratch)
 // Merges the partial results of rows [begin, end) of B * Hkv * rows; plan.splits > 1.
 LLMOPS_CPU_KERNEL(void, attention_combine, const llmops::cpu::AttentionParams&, int64_t begin,

@@ -1,0 +1,298 @@
+// Attention forward for few query rows (Tq * group <= 8) against many keys: one task is one
+// (batch, kv head) and one part of the keys. Formula: attention.h
+//
+// Memory is what costs here, so each row of K and of V is read once, in long runs: first the scores
+// of up to 1024 keys, then their softmax, then V. The head dimension runs along the lanes. Scores:
+// W dot products at once, W / R keys by R rows, summed up by one W x W reduction. Values: R x 4
+// accumulators over 64 keys at a time. bf16 scores multiply in pairs (vdpbf16ps) where possible.
+// (D + Dv) * element size bytes per key.
+#include "attention.h"
+
+#include "attention_score.h"
+#include "attention_tile.h"
+#include "simd.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kRun = 1024;      // keys whose scores are held
+constexpr int kValueKeys = 64;  // keys of V that all rows and columns go over while in cache
+constexpr int kRows = static_cast<int>(kAttentionDecodeRows);
+constexpr int kRowTile = W == 1 ? 1 : 4;
+
+struct Scratch {
+  float* q;  // [kRows][padded D], or bf16
+  float* s;  // [kRows][kRun]
+  float* o;  // [kRows][padded Dv]
+  float m[kRows], l[kRows];
+};
+LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
+
+LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+  Scratch s;
+  s.q = arena.take<float>(kRows * padded(p.dim));
+  s.s = arena.take<float>(kRows * kRun + W);
+  s.o = arena.take<float>(kRows * padded(p.dim_v));
+  return s;
+}
+
+// s[r][i] = q[r] . k[i] for `keys` keys and R rows; W / R keys at a time.
+template <class T, bool kPairs, int R>
+LLMOPS_INLINE void score_keys(const T* const* key, int count, int64_t dim, const float* q,
+                              int64_t ldq, float* s) {
+  constexpr int K = W / R;
+  Vec acc[W];
+  LLMOPS_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
+  int64_t d = 0;
+  if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    for (; d < dim; d += 2 * W) {
+      const int n = dim - d < 2 * W ? static_cast<int>(dim - d) : 2 * W;
+      Vec k[K];
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] = load_pairs_n(key[t] + d, n);
+      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec row = load(q + r * ldq + d / 2);
+        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] =
+            dot_pairs(row, k[t], acc[r * K + t]);
+      }
+    }
+#endif
+  } else {
+    for (; d + W <= dim; d += W) {
+      Vec k[K];
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] = load(key[t] + d);
+      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec row = load(q + r * ldq + d);
+        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, k[t], acc[r * K + t]);
+      }
+    }
+    if (d < dim) {
+      Vec k[K];
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] =
+          load_n(key[t] + d, static_cast<int>(dim - d));
+      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec row = load(q + r * ldq + d);
+        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, k[t], acc[r * K + t]);
+      }
+    }
+  }
+  float sums[W];
+  store(sums, reduce_each(acc));
+  LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < K && t < count; ++t) s[r * kRun + t] = sums[r * K + t];
+  }
+}
+
+template <class T, bool kPairs, int R>
+LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim, int rows,
+                              const float* q, int64_t ldq, float* s) {
+  constexpr int K = W / R;
+  for (int i = 0; i < keys; i += K) {
+    const T* key[K];  // past the end the last key again: computed and not kept
+    LLMOPS_UNROLL for (int t = 0; t < K; ++t) key[t] =
+        k + (i + t < keys ? i + t : keys - 1) * stride;
+    for (int r = 0; r < rows; r += R)
+      score_keys<T, kPairs, R>(key, keys - i, dim, q + r * ldq, ldq, s + r * kRun + i);
+  }
+}
+
+// o [R][ldo] += weights s [R][keys] times v [keys][NV vectors], the last one of `tail` lanes.
+template <class T, int R, int NV, bool kTail>
+LLMOPS_OUTLINE void value_tile(const T* v, int64_t stride, int keys, const float* s, float* o,
+                               int64_t ldo, int tail) {
+  Vec acc[R][NV];
+  LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+    LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * W);
+  }
+  for (int i = 0; i < keys; ++i) {
+    Vec x[NV];
+    LLMOPS_UNROLL for (int j = 0; j < NV; ++j) x[j] =
+        kTail && j == NV - 1 ? load_n(v + j * W, tail) : load(v + j * W);
+    LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec weight = set1(s[r * kRun + i]);
+      LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
+    }
+    v += stride;
+  }
+  LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+    LLMOPS_UNROLL for (int j = 0; j < NV; ++j) store(o + r * ldo + j * W, acc[r][j]);
+  }
+}
+
+template <class T>
+LLMOPS_INLINE void value_run(const T* v, int64_t stride, int keys, int64_t dim, int rows,
+                             const float* s, float* o, int64_t ldo) {
+  constexpr int NV = W == 16 ? 4 : 2;
+  for (int i = 0; i < keys; i += kValueKeys) {
+    const int n = keys - i < kValueKeys ? keys - i : kValueKeys;
+    for (int r = 0; r < rows; r += kRowTile) {
+      const int left = rows - r < kRowTile ? rows - r : kRowTile;
+      with_constant<kRowTile>(left, [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        const float* weights = s + r * kRun + i;
+        int64_t d = 0;
+        for (; d + NV * W <= dim; d += NV * W)
+          value_tile<T, R, NV, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
+                                      W);
+        for (; d + W <= dim; d += W)
+          value_tile<T, R, 1, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
+                                     W);
+        if (d < dim)
+          value_tile<T, R, 1, true>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
+                                    static_cast<int>(dim - d));
+      });
+    }
+  }
+}
+
+// Row r's scores of keys [key, key + keys) become weights; m, l and o follow. `visible` of them
+// count, the rest become 0. Modifiers as in modify_scores, along a row.
+template <unsigned kMods>
+LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& block, Scratch& s,
+                                int r, int64_t key, int keys, int visible) {
+  constexpr bool kNatural = kMods != kPlain;
+  const float scale = split_scale(p.scale).score;
+  const Vec factor = set1(kNatural ? kLog2e : scale * kLog2e);
+  float* row = s.s + r * kRun;
+  const int64_t step = p.mask_stride[3];
+  const int64_t at = block.batch * p.mask_stride[0] + block.head[r] * p.mask_stride[1] +
+                     block.token[r] * p.mask_stride[2] + key * step;
+  Vec top = set1(-kInf);
+  for (int i = 0; i < visible; i += W) {
+    const int n = visible - i < W ? visible - i : W;
+    Vec x = load_n(row + i, n, -kInf);
+    if constexpr (kNatural) x = x * set1(scale);
+    if constexpr ((kMods & kMasked) != 0) {
+      Vec bias = zero();
+      if (p.mask_kind == ScoreMask::boolean) {
+        bias = mask_values(static_cast<const uint8_t*>(p.mask) + at + i * step, step, n);
+      } else {
+        LLMOPS_DISPATCH(p.mask_type, M, {
+          bias = mask_values(static_cast<const M*>(p.mask) + at + i * step, step, n);
+        });
+      }
+      x = select(equal(bias, set1(-kInf)), bias, x + bias);
+      x = select(first_n(n), x, set1(-kInf));
+    }
+    store_n(row + i, x, n);
+    top = max(x, top);
+  }
+  const float best = reduce_max(top) * (kNatural ? 1.0f : first_lane(factor));
+  const float before = s.m[r], m = best > before ? best : before;
+  // Nothing seen yet: -inf - -inf would be NaN.
+  const float shift = m == -kInf ? 0.0f : m;
+  const float alpha = first_lane(exp2_softmax(set1((before - shift) * (kNatural ? kLog2e : 1.0f))));
+  Vec sum = zero();
+  for (int i = 0; i < visible; i += W) {
+    const int n = visible - i < W ? visible - i : W;
+    const Vec x = load_n(row + i, n, -kInf);
+    const Vec weight = select(
+        first_n(n),
+        exp2_softmax(kNatural ? (x - set1(shift)) * factor : fma(x, factor, set1(-shift))), zero());
+    store_n(row + i, weight, n);
+    sum = sum + weight;
+  }
+  for (int i = visible; i < keys; ++i) row[i] = 0.0f;
+  s.m[r] = m;
+  s.l[r] = s.l[r] * alpha + reduce_add(sum);
+  if (alpha == 1.0f) return;
+  float* o = s.o + r * padded(p.dim_v);
+  for (int64_t d = 0; d < p.dim_v; d += W) store(o + d, load(o + d) * set1(alpha));
+}
+
+template <class T, bool kPairs, unsigned kMods>
+LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
+  Arena arena{static_cast<char*>(scratch)};
+  Scratch s = layout(p, arena);
+  const int64_t split = task % p.plan.splits, group = task / p.plan.splits;
+  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+  QueryBlock block;
+  begin_block(p, group, 0, block);
+
+  // Rows of queries, dense, zero past D and past the last row.
+  const Scale scale = split_scale(p.scale);
+  const int64_t ldq = kPairs ? dim / 2 : dim;
+  const T* row[kLanes];
+  block_rows(block, static_cast<const T*>(p.q), p.q_stride, row);
+  __builtin_memset(s.q, 0, kRows * ldq * sizeof(float));
+  __builtin_memset(s.o, 0, kRows * dim_v * sizeof(float));
+  for (int r = 0; r < kRows; ++r) {
+    s.m[r] = -kInf;
+    s.l[r] = 0.0f;
+    if (r >= block.count) continue;
+    for (int64_t d = 0; d < p.dim; d += W) {
+      const Vec x = load_some(row[r] + d, p.dim - d) * set1(scale.query);
+      if constexpr (kPairs) {
+        store_n(reinterpret_cast<bf16*>(s.q + r * ldq) + d, x, clamp_int(p.dim - d, 0, W));
+      } else {
+        store(s.q + r * ldq + d, x);
+      }
+    }
+  }
+
+  const int64_t begin = split * p.plan.split_keys;
+  const int64_t end = min64(block.end, begin + p.plan.split_keys);
+  for (int64_t key = begin; key < end; key += kRun) {
+    const int keys = static_cast<int>(min64(kRun, end - key));
+    const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
+    const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
+    if (block.count == 1 || W == 1) {
+      score_run<T, kPairs, 1>(k, p.k_stride[2], keys, p.dim, block.count, s.q, ldq, s.s);
+    } else if (block.count == 2) {
+      score_run<T, kPairs, W == 1 ? 1 : 2>(k, p.k_stride[2], keys, p.dim, 2, s.q, ldq, s.s);
+    } else {
+      score_run<T, kPairs, kRowTile>(k, p.k_stride[2], keys, p.dim, block.count, s.q, ldq, s.s);
+    }
+    for (int r = 0; r < block.count; ++r)
+      softmax_row<kMods>(p, block, s, r, key, keys, clamp_int(block.limit[r] - key, 0, keys));
+    value_run(v, p.v_stride[2], keys, p.dim_v, block.count, s.s, s.o, dim_v);
+  }
+
+  const int64_t rows = block.count, width = p.dim_v + 1;
+  for (int r = 0; r < rows; ++r) {
+    const float l = s.l[r];
+    const float lse =
+        l == 0.0f ? -kInf : s.m[r] * (kMods != kPlain ? 1.0f : kLn2) + __builtin_logf(l);
+    const float* o = s.o + r * dim_v;
+    const Vec norm = set1(1.0f / l);
+    if (p.plan.splits == 1) {
+      T* out =
+          row_at(static_cast<T*>(p.out), p.out_stride, block.batch, block.head[r], block.token[r]);
+      for (int64_t d = 0; d < p.dim_v; d += W)
+        store_some(out + d, l == 0.0f ? zero() : load(o + d) * norm, p.dim_v - d);
+      p.lse[(block.batch * p.heads + block.head[r]) * p.queries + block.token[r]] = lse;
+    } else {
+      float* out = p.partial + ((group * p.plan.splits + split) * rows + r) * width;
+      for (int64_t d = 0; d < p.dim_v; d += W)
+        store_some(out + d, l == 0.0f ? zero() : load(o + d) * norm, p.dim_v - d);
+      out[p.dim_v] = lse;
+    }
+  }
+}
+
+template <class T, bool kPairs>
+LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
+  if (p.mask_kind == ScoreMask::none) {
+    run<T, kPairs, kPlain>(p, task, scratch);
+  } else {
+    run<T, kPairs, kMasked>(p, task, scratch);
+  }
+}
+
+}  // namespace
+
+int64_t attention_decode_scratch(const AttentionParams& p) {
+  Arena arena{nullptr};
+  layout(p, arena);
+  return arena.next - static_cast<char*>(nullptr);
+}
+
+void attention_decode(const AttentionParams& p, int64_t task, void* scratch) {
+  if (kHasPairs && p.type == DType::bf16) {
+    dispatch<bf16, kHasPairs>(p, task, scratch);
+    return;
+  }
+  LLMOPS_DISPATCH(p.type, T, (dispatch<T, false>(p, task, scratch)));
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA
