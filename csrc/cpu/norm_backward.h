@@ -60,7 +60,7 @@ LLMOPS_INLINE GradSums backward_sums(const NormParams& p, const X* dy, const H* 
 }
 
 template <bool kCenter, class X, class H>
-LLMOPS_INLINE RowGrad row_grad(const NormParams& p, const X* dy, const H* h) {
+LLMOPS_NOINLINE RowGrad row_grad(const NormParams& p, const X* dy, const H* h) {
   const None* none = nullptr;
   const float length = static_cast<float>(p.n);
   Sums sums{kCenter ? first_mean(h, none, p.n) : 0.0f, 0.0f, 0.0f};

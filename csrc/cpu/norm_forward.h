@@ -87,7 +87,7 @@ LLMOPS_INLINE bool imprecise(const Sums& sums, int64_t n) {
 }
 
 template <class T>
-LLMOPS_INLINE Sums sums_around(const T* v, int64_t n, float k) {
+LLMOPS_NOINLINE Sums sums_around(const T* v, int64_t n, float k) {
   const Vec shift = set1(k);
   Vec s[4] = {zero(), zero(), zero(), zero()}, q[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
@@ -137,7 +137,7 @@ LLMOPS_INLINE Vec gather_at(const X* x, const R* residual, Held<X, R>* h, float*
 }
 
 template <bool kCenter, bool kStream, class X, class R>
-LLMOPS_INLINE Sums gather(int64_t n, const X* x, const R* residual, Held<X, R>* h, float* scratch) {
+LLMOPS_NOINLINE Sums gather(int64_t n, const X* x, const R* residual, Held<X, R>* h, float* scratch) {
   const float k = kCenter ? first_mean(x, residual, n) : 0.0f;
   const Vec shift = set1(k);
   Vec s[4] = {zero(), zero(), zero(), zero()}, q[4] = {zero(), zero(), zero(), zero()};
@@ -178,7 +178,7 @@ LLMOPS_INLINE void normalize_at(const NormParams& p, const V* v, Vec k, Vec rstd
 }
 
 template <bool kCenter, bool kStream, class V, class Y>
-LLMOPS_INLINE void normalize(const NormParams& p, const V* v, const RowStats& stats, Y* y) {
+LLMOPS_NOINLINE void normalize(const NormParams& p, const V* v, const RowStats& stats, Y* y) {
   const Vec k = set1(stats.k), r = set1(stats.rstd), z0 = set1(-stats.shift * stats.rstd);
   int64_t i = 0;
   for (; i + kBlock <= p.n; i += kBlock) {

@@ -13,6 +13,9 @@
 #endif
 
 #define LLMOPS_INLINE static inline __attribute__((always_inline))
+// For a large function of few types that many instantiations call: one copy instead of one in each.
+// Static, like everything here: a plain template function would be a weak symbol.
+#define LLMOPS_NOINLINE static __attribute__((noinline))
 // GCC 12 puts an array of accumulators on the stack unless every loop over it is unrolled.
 #define LLMOPS_UNROLL _Pragma("GCC unroll 32")
 
