@@ -1,4 +1,267 @@
-from llmops.testing import suite
-from llmops.testing.specs.attention import SPEC
+"""attention: the conformance kit, and what is particular to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import llmops
+from llmops import reference
+from llmops.testing import Target, assert_close, suite, targets
+from llmops.testing.specs.attention import SPEC, torch_attention
 
 globals().update(suite(SPEC))
+
+TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def _qkv(*sizes: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Any:
+    """q [B, H, Tq, D], k and v [B, Hkv, Tk, D] for sizes B, H, Hkv, Tq, Tk, D."""
+    batch, heads, kv_heads, queries, keys, dim = sizes
+    shapes = ((batch, heads, queries, dim), *[(batch, kv_heads, keys, dim)] * 2)
+    return tuple(torch.randn(s).to(dtype).requires_grad_(grad) for s in shapes)
+
+
+@TARGETS
+@DTYPES
+def test_attention_fully_masked_rows(target: Target, dtype: torch.dtype) -> None:
+    """Zeros, lse -inf and zero gradients, even where such a row's query and gradient are NaN."""
+    for queries in (2, 40):  # decode, tiles
+        q, k, v = _qkv(1, 1, 1, queries, 70, 24, dtype=dtype)
+        mask = torch.ones(queries, 70, dtype=torch.bool)
+        mask[1] = False
+        q[:, :, 1] = math.nan
+        q, k, v = (t.requires_grad_() for t in (q, k, v))
+        for m in (mask, torch.zeros(queries, 70).masked_fill(~mask, -math.inf)):
+            with target.active():
+                out, lse = llmops.attention(
+                    q, k, v, mask=m, return_lse=True, backend=target.backend
+                )
+                cotangent = torch.randn_like(out)
+                cotangent[:, :, 1] = math.nan
+                cotangent_lse = torch.randn_like(lse)
+                cotangent_lse[:, :, 1] = math.inf
+                grads = torch.autograd.grad((out, lse), (q, k, v), (cotangent, cotangent_lse))
+            assert bool((out[:, :, 1] == 0).all()) and bool((lse[:, :, 1] == -math.inf).all())
+            assert bool((grads[0][:, :, 1] == 0).all())
+            for g in grads:
+                assert bool(g.isfinite().all())
+
+
+@TARGETS
+@DTYPES
+def test_attention_masked_keys_may_hold_anything(target: Target, dtype: torch.dtype) -> None:
+    """A key that a boolean mask or -inf drops for a row changes nothing there, NaN included."""
+    for queries in (1, 20):
+        q, k, v = _qkv(1, 2, 1, queries, 50, 16, dtype=dtype)
+        mask = torch.rand(50) < 0.6
+        dirty = k.masked_fill(~mask[:, None], math.nan)
+        with target.active():
+            for m in (mask, torch.zeros(50, dtype=dtype).masked_fill(~mask, -math.inf)):
+                want = llmops.attention(q, k, v, mask=m, backend=target.backend)
+                got = llmops.attention(q, dirty, v, mask=m, backend=target.backend)
+                assert torch.equal(want, got)
+
+
+@TARGETS
+@DTYPES
+def test_attention_reads_nothing_past_the_end(target: Target, dtype: torch.dtype) -> None:
+    """Rows, heads and batches cut from a larger buffer full of NaN: caches with stride gaps."""
+    for queries, keys, dim in ((1, 37, 33), (3, 100, 64), (70, 83, 20)):
+
+        def cut(heads: int, tokens: int, width: int = dim) -> Tensor:
+            buffer = torch.full((2, tokens + 5, heads + 1, width + 3), math.nan, dtype=dtype)
+            inner = buffer[:, 2 : tokens + 2, :heads, 1 : width + 1]
+            inner.copy_(torch.randn(2, tokens, heads, width))
+            return inner.transpose(1, 2)
+
+        q, k, v = cut(4, queries), cut(2, keys), cut(2, keys)
+        mask = torch.full((2, keys + 9), math.nan)[:, 4 : keys + 4].copy_(torch.randn(2, keys))
+        mask = mask[:, None, None]
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, mask)]
+        plain = [t.detach().clone().contiguous().requires_grad_() for t in (q, k, v, mask)]
+        results = []
+        with target.active():
+            for a, b, c, m in (leaves, plain):
+                out = llmops.attention(a, b, c, mask=m, causal=True, backend=target.backend)
+                results.append((out, *torch.autograd.grad(out, (a, b, c, m), cut(4, queries))))
+        assert bool(results[0][0].isfinite().all())
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+        for got in results[0][1:]:
+            assert bool(got.isfinite().all())
+
+
+@TARGETS
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_attention_hypothesis(target: Target, data: st.DataObject) -> None:
+    """Shapes, strides, masks, groups and dtypes at random."""
+    integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    batch, kv_heads, group = integers(1, 2), integers(1, 2), integers(1, 4)
+    queries, keys = integers(1, 80), integers(1, 120)
+    dim, dim_v = integers(1, 40), integers(8, 40)  # in a row of one, any sum may cancel
+    dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    torch.manual_seed(integers(0, 1000))
+
+    def tensor(heads: int, tokens: int, width: int) -> Tensor:
+        order = data.draw(st.permutations(range(4)))
+        sizes = (batch, heads, tokens, width)
+        x = torch.randn([sizes[d] for d in order]).to(dtype)
+        return x.permute([order.index(d) for d in range(4)]).requires_grad_()
+
+    q = tensor(kv_heads * group, queries, dim)
+    k, v = tensor(kv_heads, keys, dim), tensor(kv_heads, keys, dim_v)
+    full = (batch, kv_heads * group, queries, keys)
+    kind = data.draw(st.sampled_from(("none", "bool", "float")))
+    mask = None
+    if kind != "none":
+        sizes = [data.draw(st.sampled_from((1, s))) for s in full]
+        mask = torch.rand(sizes) < 0.7 if kind == "bool" else torch.randn(sizes).to(dtype)
+    arguments = {"causal": data.draw(st.booleans()), "scale": data.draw(st.floats(-1, 1))}
+    with target.active():
+        out, lse = llmops.attention(
+            q, k, v, mask=mask, return_lse=True, backend=target.backend, **arguments
+        )
+    wide = [t.detach().double() for t in (q, k, v)]
+    wide_mask = mask.double() if kind == "float" and mask is not None else mask
+    oracle = reference.attention(*wide, mask=wide_mask, return_lse=True, **arguments)
+    yardstick = torch_attention(q, k, v, mask=mask, return_lse=True, **arguments)
+    assert_close(out, oracle[0], yardstick[0], factor=2.0, what="attention")
+    torch.testing.assert_close(lse.double(), oracle[1], rtol=1e-5, atol=1e-5)
+
+
+@TARGETS
+def test_attention_bits_do_not_depend_on_threads(target: Target) -> None:
+    """Enough work to be spread over threads: tiles, packed rows, split decode, split backward."""
+    for sizes in ((1, 2, 1, 200, 300, 64), (2, 4, 2, 40, 700, 64), (1, 8, 1, 1, 4000, 64)):
+        q, k, v = _qkv(*sizes, grad=True)
+        mask = torch.randn(1, 1, 1, sizes[4], requires_grad=True)
+        results = []
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                with target.active():
+                    out, lse = llmops.attention(
+                        q, k, v, mask=mask, causal=True, return_lse=True, backend=target.backend
+                    )
+                    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v, mask))
+                results.append((out, lse, *grads))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_attention_layout_follows_q() -> None:
+    """[B, T, H, D] in memory in, the same out: a model's transpose and reshape copies nothing."""
+    base = [torch.randn(2, 30, 4, 8, requires_grad=True) for _ in range(3)]
+    out = llmops.attention(*(t.transpose(1, 2) for t in base))
+    assert isinstance(out, Tensor) and out.transpose(1, 2).is_contiguous()
+    out.sum().backward()
+    assert all(t.grad is not None and t.grad.is_contiguous() for t in base)
+    q, k, v = _qkv(2, 4, 4, 30, 30, 8)
+    plain = llmops.attention(q, k, v)
+    assert isinstance(plain, Tensor) and plain.is_contiguous()
+
+
+def test_attention_only_the_lse_is_differentiated() -> None:
+    q, k, v = _qkv(1, 2, 2, 10, 20, 8, grad=True)
+    _, lse = llmops.attention(q, k, v, return_lse=True)
+    got = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(8)
+    want = torch.autograd.grad(torch.logsumexp(scores, -1).sum(), (q, k))
+    torch.testing.assert_close(got[:2], want)
+    assert got[2] is None or bool((got[2] == 0).all())
+
+
+def test_attention_holds_no_square_buffer() -> None:
+    """4 heads x 6000 x 6000 scores would be 576 MB: the peak stays far below, in both passes."""
+    import resource
+
+    q, k, v = _qkv(1, 4, 4, 6000, 6000, 16, grad=True)
+    llmops.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = llmops.attention(q, k, v, mask=torch.zeros(6000, requires_grad=True))
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert growth < 100_000, f"{growth} KiB"
+
+
+def test_attention_autocast() -> None:
+    q, k, v = _qkv(1, 2, 2, 10, 20, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = llmops.attention(q, k.bfloat16(), v)
+    assert isinstance(out, Tensor) and out.dtype == torch.bfloat16
+    want = llmops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert isinstance(want, Tensor) and torch.equal(out, want)
+
+
+def test_attention_rejects_bad_input() -> None:
+    q, k, v = _qkv(2, 4, 2, 5, 7, 8)
+    attention: Any = llmops.attention
+    with pytest.raises(TypeError, match="q must be a Tensor; got list"):
+        attention([1.0], k, v)
+    with pytest.raises(TypeError, match=r"llmops.attention: q has dtype int64.*q\.float\(\)"):
+        attention(q.long(), k, v)
+    with pytest.raises(TypeError, match=r"k has dtype bfloat16 and q float32.*k\.to\(q\.dtype\)"):
+        attention(q, k.bfloat16(), v)
+    with pytest.raises(
+        ValueError, match=r"q must be \[batch, heads, tokens, head_dim\].*unsqueeze"
+    ):
+        attention(q[0], k, v)
+    with pytest.raises(ValueError, match=r"k must be \[B, Hkv, Tk, D\] with q's B=2 and D=8"):
+        attention(q, k[..., :4], v)
+    with pytest.raises(ValueError, match=r"v must be .*\(2, 2, 7\); got shape \(2, 2, 6, 8\)"):
+        attention(q, k, v[:, :, :6])
+    with pytest.raises(ValueError, match="q has 4 heads, which is no multiple of k's 3"):
+        attention(q, *(torch.randn(2, 3, 7, 8) for _ in range(2)))
+    with pytest.raises(ValueError, match=r"mask of shape \(5, 6\) does not broadcast"):
+        attention(q, k, v, mask=torch.ones(5, 6, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be a bool"):
+        attention(q, k, v, mask=torch.ones(5, 7, dtype=torch.int32))
+    with pytest.raises(NotImplementedError, match='backend "triton" cannot serve'):
+        attention(q, k, v, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"float64.*Use backend="):
+        attention(*(t.double() for t in (q, k, v)), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"window": (3, 0)},
+        {"alibi_slopes": torch.ones(4)},
+        {"softcap": 5.0},
+        {"sinks": torch.zeros(4)},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_attention_modifiers_not_there_yet(arguments: dict[str, Any]) -> None:
+    """No kernel, so refused by name with the remedy; the remedy works; explain says why."""
+    q, k, v = _qkv(2, 4, 2, 5, 7, 8)
+    name = next(iter(arguments))
+    for backend in (None, "auto", "cpu"):
+        with pytest.raises(NotImplementedError, match=rf"{name} has no kernel.*\"reference\""):
+            llmops.attention(q, k, v, backend=backend, **arguments)
+    out = llmops.attention(q, k, v, backend="reference", **arguments)
+    assert isinstance(out, Tensor) and not torch.allclose(
+        out, llmops.attention(q, k, v, backend="reference")
+    )
+    decision = llmops.explain("attention", q, k, v, **arguments)
+    assert name in decision.rejected["cpu"]
+
+
+def test_attention_dropout_not_there_yet() -> None:
+    q, k, v = _qkv(2, 4, 2, 5, 7, 8)
+    with pytest.raises(NotImplementedError, match=r"dropout_p is not supported.*self.training"):
+        llmops.attention(q, k, v, dropout_p=0.1)
+    with pytest.raises(NotImplementedError, match="generator is not supported"):
+        llmops.attention(q, k, v, generator=torch.Generator())

@@ -13,7 +13,7 @@ globals().update(suite(SPEC))
 
 
 @pytest.mark.parametrize("target", targets(), ids=str)
-@pytest.mark.parametrize("at", (0, 1, 40, 99, 100))
+@pytest.mark.parametrize("at", [0, 1, 40, 99, 100])
 def test_merge_attention_of_halves_is_the_whole(target: Target, at: int) -> None:
     """Attention over keys [0, at) merged with attention over [at, 100): values and gradients."""
     q, k, v = (torch.randn(1, 2, t, 16, requires_grad=True) for t in (30, 100, 100))

@@ -1,0 +1,62 @@
+"""attention: causal prefill, its backward, and decode, against torch's scaled_dot_product_attention.
+
+Operations: 4 B H Tq Tk D, halved if causal; the backward 2.5 times that. Bytes of decode: K and V
+read once. torch's kernel on CPU is flash where it has one for the call, math otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llmops
+from llmops.bench.harness import Case, with_backward
+
+# B, Hq, Hkv, T, D
+PREFILL = ((1, 9, 3, 512, 64), (1, 12, 12, 1024, 64), (1, 32, 8, 512, 128), (1, 4, 4, 2048, 128))
+# B, Hq, Hkv, Tk, D
+DECODE = ((1, 32, 8, 4096, 128), (1, 9, 3, 512, 64), (1, 12, 12, 4096, 64), (1, 32, 32, 4096, 128))
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    out = llmops.attention(q, k, v, causal=causal)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for b, h, hkv, t, d in PREFILL[:1] if quick else PREFILL:
+            shapes = ((b, h, t, d), (b, hkv, t, d), (b, hkv, t, d))
+            q, k, v = (torch.randn(s).to(dtype).requires_grad_() for s in shapes)
+            for passes, factor in (("fwd", 1.0), ("bwd", 2.5)):
+                yield Case(
+                    "attention",
+                    passes,
+                    dtype,
+                    f"causal {b}x{h}/{hkv}x{t}x{d}",
+                    with_backward(passes, _ours, (q, k, v, True)),
+                    with_backward(passes, _torch, (q, k, v, True)),
+                    flops=int(factor * 2 * b * h * t * t * d),
+                )
+        for b, h, hkv, t, d in DECODE[:1] if quick else DECODE:
+            q = torch.randn(b, h, 1, d).to(dtype)
+            k, v = (torch.randn(b, hkv, t, d).to(dtype) for _ in range(2))
+            yield Case(
+                "attention",
+                "fwd",
+                dtype,
+                f"decode {b}x{h}/{hkv}x{t}x{d}",
+                with_backward("fwd", _ours, (q, k, v, False)),
+                with_backward("fwd", _torch, (q, k, v, False)),
+                bytes=2 * k.numel() * k.element_size(),
+            )
