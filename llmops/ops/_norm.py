@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,35 +19,40 @@ def check(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None = None,
-) -> int:
-    """Checks the arguments; the number of normalized dimensions."""
+) -> tuple[int, torch.dtype]:
+    """Checks the arguments; the number of normalized dimensions, and the dtype that decides who can
+    serve: fp64 where any tensor has it, else x's."""
     if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
         _check.floating(op, "x", x)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    dims = len(shape)
+    dims, dtype = len(shape), x.dtype
     if dims == 0 or x.shape[-dims:] != shape:
         raise ValueError(
             f"llmops.{op}: normalized_shape must be x's last dimensions, at least one; got "
             f"{normalized_shape} for x of shape {tuple(x.shape)}"
         )
-    if weight is not None:
-        _check_parameter(op, "weight", x, shape, weight)
-    if bias is not None:
-        _check_parameter(op, "bias", x, shape, bias)
-    return dims
+    for parameter in (weight, bias):
+        if parameter is None:
+            continue
+        if (
+            not isinstance(parameter, Tensor)
+            or parameter.shape != shape
+            or parameter.device != x.device
+            or (parameter.dtype != dtype and parameter.dtype not in _FLOATS)
+        ):
+            _refuse(op, "weight" if parameter is weight else "bias", x, shape, parameter)
+        if parameter.dtype == torch.float64:
+            dtype = torch.float64
+    return dims, dtype
 
 
-def _check_parameter(
-    op: str, name: str, x: Tensor, shape: tuple[int, ...], parameter: Tensor
-) -> None:
-    if not isinstance(parameter, Tensor) or parameter.dtype not in _FLOATS:
-        _check.floating(op, name, parameter)
+def _refuse(op: str, name: str, x: Tensor, shape: tuple[int, ...], parameter: Any) -> None:
+    _check.floating(op, name, parameter)
     if parameter.shape != shape:
         raise ValueError(
             f"llmops.{op}: {name} must have normalized_shape {shape}; got {tuple(parameter.shape)}"
         )
-    if parameter.device != x.device:
-        _check.same_device(op, "x", x, name, parameter)
+    _check.same_device(op, "x", x, name, parameter)
 
 
 def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
@@ -58,15 +64,6 @@ def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
         )
     if residual.device != x.device:
         _check.same_device(op, "x", x, "residual", residual)
-
-
-def widest(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that decides who can serve: fp64 where any tensor has it, else the first's."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    assert tensors[0] is not None
-    return tensors[0].dtype
 
 
 def kernel_residual(x: Tensor, residual: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
-    dims = _norm.check("layer_norm", x, normalized_shape, weight, bias)
-    name = resolve("layer_norm", x.device, _norm.widest(x, weight, bias), (), backend)
+    dims, dtype = _norm.check("layer_norm", x, normalized_shape, weight, bias)
+    name = resolve("layer_norm", x.device, dtype, (), backend)
     if name == "reference":
         return reference.layer_norm(x, normalized_shape, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps, dims, name)
@@ -84,9 +84,10 @@ def add_layer_norm(
     Raises, numerics: as `layer_norm`. Gradients of y and of h are taken together in one pass; x and
     the residual receive the same gradient.
     """
-    dims = _norm.check("add_layer_norm", x, normalized_shape, weight, bias)
+    dims, dtype = _norm.check("add_layer_norm", x, normalized_shape, weight, bias)
     _norm.check_residual("add_layer_norm", x, residual)
-    dtype = _norm.widest(x, residual, weight, bias)
+    if residual.dtype == torch.float64:
+        dtype = torch.float64
     name = resolve("add_layer_norm", x.device, dtype, (), backend)
     if name == "reference":
         return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps)

@@ -50,10 +50,10 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    dims = _norm.check("rms_norm", x, normalized_shape, weight)
+    dims, dtype = _norm.check("rms_norm", x, normalized_shape, weight)
     if eps is None:
         eps = reference.rms_norm_eps(x.dtype)
-    name = resolve("rms_norm", x.device, _norm.widest(x, weight), (), backend)
+    name = resolve("rms_norm", x.device, dtype, (), backend)
     if name == "reference":
         return reference.rms_norm(x, normalized_shape, weight, eps, weight_offset=weight_offset)
     return _rms_norm(x, weight, eps, dims, weight_offset, name)
@@ -87,11 +87,13 @@ def add_rms_norm(
     Raises, numerics: as `rms_norm`. Gradients of y and of h are taken together in one pass; x and
     the residual receive the same gradient.
     """
-    dims = _norm.check("add_rms_norm", x, normalized_shape, weight)
+    dims, dtype = _norm.check("add_rms_norm", x, normalized_shape, weight)
     _norm.check_residual("add_rms_norm", x, residual)
+    if residual.dtype == torch.float64:
+        dtype = torch.float64
     if eps is None:
         eps = reference.rms_norm_eps(x.dtype)
-    name = resolve("add_rms_norm", x.device, _norm.widest(x, residual, weight), (), backend)
+    name = resolve("add_rms_norm", x.device, dtype, (), backend)
     if name == "reference":
         return reference.add_rms_norm(
             x, residual, normalized_shape, weight, eps, weight_offset=weight_offset
