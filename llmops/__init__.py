@@ -11,9 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
+from llmops.ops.gelu import gelu
 from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
 from llmops.ops.softmax import softmax
+from llmops.ops.swiglu import geglu, swiglu
 
 if TYPE_CHECKING:
     from llmops.report import info as info
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Every public operator; explain(), the support matrix and the conformance kit go by this list.
-OPERATORS = ("softmax", "rope", "rope_qk", "rope_qk_")
+OPERATORS = ("softmax", "rope", "rope_qk", "rope_qk_", "swiglu", "geglu", "gelu")
 
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
@@ -34,12 +36,15 @@ __all__ = [
     "FallbackWarning",
     "backends",
     "explain",
+    "geglu",
+    "gelu",
     "info",
     "rope",
     "rope_qk",
     "rope_qk_",
     "rope_tables",
     "softmax",
+    "swiglu",
     "use_backend",
 ]
 

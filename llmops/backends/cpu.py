@@ -51,3 +51,9 @@ if _extension.REASON is None:
     rope = _raw.rope.default
     rope_qk = _raw.rope_qk.default
     rope_qk_ = _raw.rope_qk_.default
+    gelu = _raw.gelu.default
+    gelu_bwd = _raw.gelu_bwd.default
+    swiglu = _raw.swiglu.default
+    geglu = _raw.geglu.default
+    glu_bwd = _raw.glu_bwd.default
+    glu_bwd_fused = _raw.glu_bwd_fused.default
