@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
 from llmops.ops.attention import attention
+from llmops.ops.gelu import gelu
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
 from llmops.ops.merge_attention import merge_attention
 from llmops.ops.rms_norm import add_rms_norm, rms_norm
@@ -19,6 +20,7 @@ from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
 from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from llmops.ops.softmax import softmax
+from llmops.ops.swiglu import geglu, swiglu
 
 if TYPE_CHECKING:
     from llmops.report import info as info
@@ -30,6 +32,8 @@ OPERATORS = (
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "geglu",
+    "gelu",
     "layer_norm",
     "merge_attention",
     "rms_norm",
@@ -38,6 +42,7 @@ OPERATORS = (
     "rope_qk_",
     "scaled_dot_product_attention",
     "softmax",
+    "swiglu",
 )
 
 # Loaded on first use: a plain import stays as quick as torch's own.
@@ -54,6 +59,8 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "geglu",
+    "gelu",
     "info",
     "layer_norm",
     "merge_attention",
@@ -64,6 +71,7 @@ __all__ = [
     "rope_tables",
     "scaled_dot_product_attention",
     "softmax",
+    "swiglu",
     "use_backend",
 ]
 

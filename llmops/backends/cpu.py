@@ -17,6 +17,8 @@ PASSES = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
     "attention": "forward, backward",
+    "geglu": "forward, backward",
+    "gelu": "forward, backward",
     "layer_norm": "forward, backward",
     "merge_attention": "forward, backward",
     "rms_norm": "forward, backward",
@@ -25,6 +27,7 @@ PASSES = {
     "rope_qk_": "in place",
     "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
+    "swiglu": "forward, backward",
 }
 
 # Arguments of an op that have no kernel yet, as its front door names them in Call.features.
@@ -77,3 +80,9 @@ if _extension.REASON is None:
     layer_norm = _raw.layer_norm_fwd.default
     add_layer_norm = _raw.add_layer_norm_fwd.default
     layer_norm_bwd = _raw.layer_norm_bwd.default
+    gelu = _raw.gelu.default
+    gelu_bwd = _raw.gelu_bwd.default
+    swiglu = _raw.swiglu.default
+    geglu = _raw.geglu.default
+    glu_bwd = _raw.glu_bwd.default
+    glu_bwd_fused = _raw.glu_bwd_fused.default
