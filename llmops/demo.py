@@ -1,4 +1,4 @@
-"""`llmops demo`: real text from a real model, its speed beside plain PyTorch, each op's beside torch."""
+"""`llmops demo`: text from a real model, its speed and each op's beside plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention: causal prefill, its backward, and decode, against torch's scaled_dot_product_attention.
+"""attention: causal prefill, its backward, and decode, beside torch's own kernel.
 
 Operations: 4 B H Tq Tk D, halved if causal; the backward 2.5 times that. Bytes of decode: K and V
 read once. torch's kernel on CPU is flash where it has one for the call, math otherwise.
