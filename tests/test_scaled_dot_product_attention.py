@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention: torch's function, argument for argument."""
+"""scaled_dot_product_attention: the conformance kit, and torch argument for argument."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmops
-from llmops.testing import Target, assert_close, targets
+from llmops.testing import Target, assert_close, suite, targets
+from llmops.testing.specs.scaled_dot_product_attention import SPEC
+
+globals().update(suite(SPEC))
 
 TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
