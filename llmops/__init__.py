@@ -11,9 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
+from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
 from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
+from llmops.ops.sample import sample
 from llmops.ops.softmax import softmax
 from llmops.ops.swiglu import geglu, swiglu
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Every public operator; explain(), the support matrix and the conformance kit go by this list.
-OPERATORS = ("softmax", "rope", "rope_qk", "rope_qk_", "swiglu", "geglu", "gelu")
+OPERATORS = ("softmax", "rope", "rope_qk", "rope_qk_", "swiglu", "geglu", "gelu", "embedding", "sample")
 
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
@@ -35,6 +37,7 @@ __all__ = [
     "Decision",
     "FallbackWarning",
     "backends",
+    "embedding",
     "explain",
     "geglu",
     "gelu",
@@ -43,6 +46,7 @@ __all__ = [
     "rope_qk",
     "rope_qk_",
     "rope_tables",
+    "sample",
     "softmax",
     "swiglu",
     "use_backend",

@@ -57,3 +57,6 @@ if _extension.REASON is None:
     geglu = _raw.geglu.default
     glu_bwd = _raw.glu_bwd.default
     glu_bwd_fused = _raw.glu_bwd_fused.default
+    embedding = _raw.embedding.default
+    embedding_bwd = _raw.embedding_bwd.default
+    sample = _raw.sample.default
