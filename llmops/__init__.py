@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
 from llmops.ops.attention import attention
+from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
 from llmops.ops.merge_attention import merge_attention
@@ -19,6 +20,7 @@ from llmops.ops.rms_norm import add_rms_norm, rms_norm
 from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
 from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from llmops.ops.sample import sample
 from llmops.ops.softmax import softmax
 from llmops.ops.swiglu import geglu, swiglu
 
@@ -32,6 +34,7 @@ OPERATORS = (
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "embedding",
     "geglu",
     "gelu",
     "layer_norm",
@@ -40,36 +43,11 @@ OPERATORS = (
     "rope",
     "rope_qk",
     "rope_qk_",
+    "sample",
     "scaled_dot_product_attention",
     "softmax",
     "swiglu",
 )
-
-# Loaded on first use: a plain import stays as quick as torch's own.
-_LAZY = {
-    "info": "llmops.report",
-}
-
-__all__ = [
-    "OPERATORS",
-    "Decision",
-    "FallbackWarning",
-    "add_layer_norm",
-    "add_rms_norm",
-    "attention",
-    "backends",
-    "explain",
-    "geglu",
-    "gelu",
-    "info",
-    "layer_norm",
-    "merge_attention",
-    "rms_norm",
-    "rope",
-    "rope_qk",
-    "rope_qk_",
-    "rope_tables",
-    "scaled_dot_product_attention",
     "softmax",
     "swiglu",
     "use_backend",

@@ -502,6 +502,16 @@ def embedding(
     return (_wide(out) + _wide(F.embedding(positions, position_weight))).to(weight.dtype)
 
 
+def embedding_bwd(grad: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
+    """[rows, D]: row v is the sum of grad where ids is v; zero for padding_idx (-1: none)."""
+    wide = _wide(grad).reshape(-1, grad.shape[-1])
+    flat = ids.reshape(-1).long()
+    if padding_idx >= 0:
+        wide = wide.masked_fill((flat == padding_idx)[:, None], 0.0)
+    zeros = torch.zeros(rows, grad.shape[-1], dtype=wide.dtype, device=grad.device)
+    return zeros.index_add(0, flat, wide).to(grad.dtype)
+
+
 def sample(
     logits: Tensor,
     *,
@@ -511,15 +521,31 @@ def sample(
     min_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    if temperature == 0.0:
+    uniform = None
+    if temperature > 0.0:
+        uniform = torch.rand(
+            logits.shape[0], generator=generator, device=logits.device, dtype=torch.float64
+        )
+    return sample_at(logits, uniform, temperature, top_k, top_p, min_p)
+
+
+def sample_at(
+    logits: Tensor,
+    uniform: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> Tensor:
+    """The tokens for given uniform numbers [B] in [0, 1)."""
+    if uniform is None:
         return logits.argmax(-1)
-    uniform = torch.rand(logits.shape[0], generator=generator, device=logits.device)
     probabilities = sample_probabilities(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     # Inverse distribution in token order: the first token whose cumulative sum exceeds u.
     cumulative = probabilities.double().cumsum(-1)
-    target = uniform.double()[:, None] * cumulative[:, -1:]
+    target = uniform[:, None] * cumulative[:, -1:]
     return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -532,16 +558,20 @@ def sample_probabilities(
     min_p: float = 0.0,
 ) -> Tensor:
     """[B, V] fp32: the distribution `sample` draws from; filters apply in the order of arguments,
-    top_p and min_p to the distribution renormalized after the filter before."""
+    top_p and min_p to the distribution renormalized after the filter before. Tokens tied with the
+    last one kept are kept."""
     scaled = _wide(logits) / temperature
-    if top_k > 0:
-        limit = scaled.topk(min(top_k, scaled.shape[-1]), -1).values[:, -1:]
+    if 0 < top_k < scaled.shape[-1]:
+        limit = scaled.topk(top_k, -1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < limit, -math.inf)
     if top_p < 1.0:
-        ordered, order = scaled.softmax(-1).sort(stable=True, dim=-1, descending=True)
+        p = scaled.softmax(-1)
+        ordered = p.sort(-1, descending=True).values
         before = ordered.cumsum(-1) - ordered
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        scaled = scaled.masked_fill(drop, -math.inf)
+        # The least probable token that is kept; the first always is.
+        limit = ordered.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
+        limit = torch.minimum(limit, ordered[:, :1])
+        scaled = scaled.masked_fill(p < limit, -math.inf)
     if min_p > 0.0:
         p = scaled.softmax(-1)
         scaled = scaled.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)

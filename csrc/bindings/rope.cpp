@@ -3,9 +3,7 @@
 // checked here keeps memory safe whoever calls.
 #include "cpu/rope.h"
 
-#include <memory>
-
-#include "common.h"
+#include "ids.h"
 
 namespace llmops {
 namespace {
@@ -22,45 +20,21 @@ struct Heads {  // one of q, k: [B, H, T, D], any strides with D dense
   int64_t x_strides[3], y_strides[3];  // B, H, T
 };
 
-// Position ids as dense int64 [1 or B, T], read and checked once: a value that another thread
-// changes later cannot lead a kernel out of the table.
-class Positions {
- public:
-  Positions(const Tensor& ids, int64_t batch, int64_t tokens, int64_t table) {
-    const bool wide = ids.scalar_type() == ScalarType::Long;
-    LLMOPS_CHECK(wide || ids.scalar_type() == ScalarType::Int, kName,
-                 ": position_ids must be int64 or int32, got ", dtype_name(ids.scalar_type()));
-    const int64_t dims = ids.dim(), rows = dims == 2 ? ids.size(0) : 1;
-    LLMOPS_CHECK(
-        (dims == 1 || dims == 2) && ids.size(dims - 1) == tokens && (rows == 1 || rows == batch),
-        kName, ": position_ids must be [T] or [B, T] with B ", batch, " and T ", tokens);
-    const int64_t count = rows * tokens;
-    if (count > kInline) heap_.reset(new int64_t[count]);
-    data_ = count > kInline ? heap_.get() : inline_;
-    batch_step_ = rows == 1 ? 0 : tokens;
-    const int64_t row_stride = dims == 2 ? ids.stride(0) : 0, stride = ids.stride(dims - 1);
-    const void* source = ids.data_ptr();
-    for (int64_t b = 0; b < rows; ++b) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t at = b * row_stride + t * stride;
-        const int64_t id = wide ? static_cast<const int64_t*>(source)[at]
-                                : static_cast<const int32_t*>(source)[at];
-        if (id < 0 || id >= table)
-          throw std::out_of_range(message(kName, ": position_ids holds ", id, " at token ", t,
-                                          ", but cos and sin have ", table, " rows (0 to ",
-                                          table - 1, "); make longer rope_tables"));
-        data_[b * tokens + t] = id;
-      }
-    }
-  }
-  const int64_t* at(int64_t b, int64_t t) const { return data_ + b * batch_step_ + t; }
+// position_ids [T], [1, T] or [B, T].
+struct Positions {
+  CheckedIds ids;
+  int64_t batch_step;
 
- private:
-  static constexpr int64_t kInline = 64;
-  int64_t inline_[kInline];
-  std::unique_ptr<int64_t[]> heap_;
-  int64_t* data_;
-  int64_t batch_step_;
+  Positions(const Tensor& given, int64_t batch, int64_t tokens, int64_t table)
+      : ids(given, table, kName, "position_ids", "cos and sin have",
+            "; make longer tables with llmops.rope_tables") {
+    const int64_t dims = given.dim(), rows = dims == 2 ? given.size(0) : 1;
+    LLMOPS_CHECK(
+        (dims == 1 || dims == 2) && given.size(dims - 1) == tokens && (rows == 1 || rows == batch),
+        kName, ": position_ids must be [T] or [B, T] with B ", batch, " and T ", tokens);
+    batch_step = rows == 1 ? 0 : tokens;
+  }
+  const int64_t* at(int64_t b, int64_t t) const { return ids.data() + b * batch_step + t; }
 };
 
 // cos and sin as the kernel reads them, with the strides that lead from (batch, token or position)

@@ -17,6 +17,7 @@ PASSES = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
     "attention": "forward, backward",
+    "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
     "layer_norm": "forward, backward",
@@ -25,6 +26,7 @@ PASSES = {
     "rope": "forward, backward",
     "rope_qk": "forward, backward",
     "rope_qk_": "in place",
+    "sample": "forward (no gradient)",
     "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
     "swiglu": "forward, backward",
@@ -86,3 +88,6 @@ if _extension.REASON is None:
     geglu = _raw.geglu.default
     glu_bwd = _raw.glu_bwd.default
     glu_bwd_fused = _raw.glu_bwd_fused.default
+    embedding = _raw.embedding.default
+    embedding_bwd = _raw.embedding_bwd.default
+    sample = _raw.sample.default

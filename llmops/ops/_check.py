@@ -35,3 +35,26 @@ def same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -
             f"llmops.{op}: {other_name} is on {other.device} and {name} on {x.device}; "
             f"move one, e.g. {other_name}.to({name}.device)"
         )
+
+
+def integers(op: str, argument: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = f"dtype {dtype_name(ids.dtype)}" if isinstance(ids, Tensor) else repr(ids)
+        raise TypeError(
+            f"llmops.{op}: {argument} must be an int64 or int32 Tensor; got {got}; convert it, "
+            f"e.g. {argument}.long()"
+        )
+
+
+def within(op: str, argument: str, ids: Tensor, rows: int, what: str, remedy: str = "") -> None:
+    """IndexError where an id is outside [0, rows): for the reference, whose indexing would count a
+    negative one from the end. The kernels check by themselves."""
+    if ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= rows:
+        valid = f" (0 to {rows - 1})" if rows else ""
+        raise IndexError(
+            f"llmops.{op}: {argument} holds {low if low < 0 else high}, but {what} {rows} rows"
+            f"{valid}{remedy}"
+        )

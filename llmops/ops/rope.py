@@ -201,8 +201,7 @@ def _check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor, position_ids: An
 
 
 def _check_positions(op: str, x: Tensor, position_ids: Any) -> None:
-    if not isinstance(position_ids, Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
-        _check.fail_type(op, "position_ids", "an int64 or int32 Tensor", position_ids)
+    _check.integers(op, "position_ids", position_ids)
     shape = position_ids.shape
     batch, tokens = x.shape[0], x.shape[2]
     if (
@@ -231,14 +230,11 @@ def _resolve(
 ) -> str:
     name = resolve(op, x.device, x.dtype, (), backend)
     if name == "reference":
-        if position_ids is not None and not _is_compiling() and position_ids.numel():
-            # Indexing would take a negative position from the tables' end.
-            low, high = int(position_ids.min()), int(position_ids.max())
-            if low < 0 or high >= cos.shape[0]:
-                raise IndexError(
-                    f"llmops.{op}: position_ids holds {low if low < 0 else high}, but cos and sin "
-                    f"have {cos.shape[0]} rows; make longer tables with llmops.rope_tables"
-                )
+        if position_ids is not None and not _is_compiling():
+            remedy = "; make longer tables with llmops.rope_tables"
+            _check.within(
+                op, "position_ids", position_ids, cos.shape[0], "cos and sin have", remedy
+            )
     elif (cos.requires_grad or sin.requires_grad) and _is_grad_enabled():
         raise NotImplementedError(
             f'llmops.{op}: cos or sin requires a gradient, which backend "{name}" does not compute; '

@@ -1,0 +1,83 @@
+// Embedding lookup and its backward. Formulas: embedding.h
+//
+// Forward: a copy of one row, or the sum of two rows in fp32, rounded once. Backward: the caller
+// has sorted the tokens by id (stably), so that every row of the gradient is written exactly once,
+// zeros included, by one task; its terms are added in registers in fp32, in the order of the
+// tokens, whatever the number of threads. Lanes run along the row.
+#include "embedding.h"
+
+#include "simd.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kColumns = 4 * W;
+
+template <class T>
+LLMOPS_INLINE void add_rows(int64_t dim, const T* a, const T* b, T* y) {
+  int64_t i = 0;
+  for (; i + W <= dim; i += W) store(y + i, load(a + i) + load(b + i));
+  const int left = static_cast<int>(dim - i);
+  if (left > 0) store_n(y + i, load_n(a + i, left) + load_n(b + i, left), left);
+}
+
+// One row of the gradient: the sum of `count` rows of grad, zero for none.
+template <class T>
+LLMOPS_INLINE void sum_rows(int64_t dim, const T* grad, int64_t step, const int64_t* order,
+                            int64_t count, T* y, bool past_caches) {
+  int64_t i = 0;
+  for (; i + kColumns <= dim; i += kColumns) {
+    Vec s[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t k = 0; k < count; ++k) {
+      const T* g = grad + order[k] * step + i;
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) s[j] = s[j] + load(g + j * W);
+    }
+    if (past_caches) {
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) stream(y + i + j * W, s[j]);
+    } else {
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) store(y + i + j * W, s[j]);
+    }
+  }
+  for (; i < dim; i += W) {
+    const int left = dim - i < W ? static_cast<int>(dim - i) : W;
+    Vec s = zero();
+    for (int64_t k = 0; k < count; ++k) s = s + load_n(grad + order[k] * step + i, left);
+    store_n(y + i, s, left);
+  }
+}
+
+}  // namespace
+
+void embedding_rows(DType type, int64_t dim, const EmbeddingTable& token,
+                    const EmbeddingTable& position, void* out, int64_t begin, int64_t end) {
+  LLMOPS_DISPATCH(type, T, {
+    const T* weight = static_cast<const T*>(token.weight);
+    const T* position_weight = static_cast<const T*>(position.weight);
+    for (int64_t i = begin; i < end; ++i) {
+      T* y = static_cast<T*>(out) + i * dim;
+      const T* row = weight + token.ids[i] * token.step;
+      if (position.ids == nullptr) {
+        __builtin_memcpy(y, row, dim * sizeof(T));
+      } else {
+        add_rows(dim, row, position_weight + position.ids[i] * position.step, y);
+      }
+    }
+  });
+}
+
+void embedding_bwd_rows(DType type, int64_t dim, const void* grad, int64_t grad_step,
+                        const int64_t* order, const int64_t* first, int64_t padding_idx,
+                        void* dweight, int64_t begin, int64_t end, bool stream) {
+  LLMOPS_DISPATCH(type, T, {
+    const bool past_caches =
+        stream && reinterpret_cast<uintptr_t>(dweight) % 64 == 0 && dim * sizeof(T) % 64 == 0;
+    for (int64_t v = begin; v < end; ++v) {
+      const int64_t count = v == padding_idx ? 0 : first[v + 1] - first[v];
+      sum_rows(dim, static_cast<const T*>(grad), grad_step, order + first[v], count,
+               static_cast<T*>(dweight) + v * dim, past_caches);
+    }
+    if (past_caches) stream_fence();
+  });
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA
