@@ -24,9 +24,9 @@ LAYERS = {
     "ops": 3,
     "": 4,  # llmops/__init__.py
     "nn": 5,
-    "model": 6,
+    "model": 5,
     "pretrained": 6,
-    "tokenizer": 6,
+    "tokenizer": 7,
     "testing": 5,
     "bench": 7,
     "report": 7,
