@@ -19,8 +19,8 @@ from llmops.ops.merge_attention import merge_attention
 from llmops.ops.rms_norm import add_rms_norm, rms_norm
 from llmops.ops.rope import rope, rope_qk, rope_qk_
 from llmops.ops.rope_tables import rope_tables
-from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from llmops.ops.sample import sample
+from llmops.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from llmops.ops.softmax import softmax
 from llmops.ops.swiglu import geglu, swiglu
 
@@ -48,6 +48,35 @@ OPERATORS = (
     "softmax",
     "swiglu",
 )
+
+# Loaded on first use: a plain import stays as quick as torch's own.
+_LAZY = {
+    "info": "llmops.report",
+}
+
+__all__ = [
+    "OPERATORS",
+    "Decision",
+    "FallbackWarning",
+    "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "backends",
+    "embedding",
+    "explain",
+    "geglu",
+    "gelu",
+    "info",
+    "layer_norm",
+    "merge_attention",
+    "rms_norm",
+    "rope",
+    "rope_qk",
+    "rope_qk_",
+    "rope_tables",
+    "sample",
+    "scaled_dot_product_attention",
     "softmax",
     "swiglu",
     "use_backend",
