@@ -46,9 +46,7 @@ def test_embedding_hypothesis(target: Target, data: st.DataObject) -> None:
         cotangent = make(*got.shape, grad=False)
         (grad,) = torch.autograd.grad(got, weight, cotangent)
     wide = weight.detach().double().requires_grad_()
-    wide_arguments = {
-        k: v.double() if k == "position_weight" else v for k, v in arguments.items()
-    }
+    wide_arguments = {k: v.double() if k == "position_weight" else v for k, v in arguments.items()}
     oracle = reference.embedding(tokens, wide, **wide_arguments)
     yardstick = torch_embedding(tokens, weight, **arguments)
     assert_close(got, oracle, yardstick, factor=2.0, what="embedding")
@@ -82,7 +80,9 @@ def test_embedding_padding_row_gets_zero(target: Target) -> None:
 def test_embedding_rejects_ids_outside_the_table(backend: str) -> None:
     weight, positions = torch.randn(5, 4), torch.randn(3, 4)
     for bad in (-1, 5, 2**40):
-        with pytest.raises(IndexError, match=rf"tokens holds {bad}, but weight has 5 rows \(0 to 4"):
+        with pytest.raises(
+            IndexError, match=rf"tokens holds {bad}, but weight has 5 rows \(0 to 4"
+        ):
             llmops.embedding(torch.tensor([[1, bad]]), weight, backend=backend)
     with pytest.raises(IndexError, match="positions holds 3, but position_weight has 3 rows"):
         llmops.embedding(
@@ -102,7 +102,9 @@ def test_embedding_rejects_ids_outside_the_table(backend: str) -> None:
 
 def test_embedding_rejects_bad_input() -> None:
     weight, tokens = torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"tokens must be an int64 or int32 Tensor; got dtype float"):
+    with pytest.raises(
+        TypeError, match=r"tokens must be an int64 or int32 Tensor; got dtype float"
+    ):
         llmops.embedding(torch.zeros(2), weight)
     with pytest.raises(TypeError, match="weight has dtype int64"):
         llmops.embedding(tokens, weight.long())
@@ -115,8 +117,6 @@ def test_embedding_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match=r"position_weight must be \[P, 4\] of float32"):
         llmops.embedding(tokens, weight, position_weight=torch.randn(9, 5))
     with pytest.raises(ValueError, match="positions of shape.*do not broadcast"):
-        llmops.embedding(
-            tokens, weight, positions=tokens[:, :2], position_weight=torch.randn(9, 4)
-        )
+        llmops.embedding(tokens, weight, positions=tokens[:, :2], position_weight=torch.randn(9, 4))
     with pytest.raises(NotImplementedError, match="float64"):
         llmops.embedding(tokens, weight.double(), backend="cpu")

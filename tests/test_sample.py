@@ -239,7 +239,9 @@ def test_sample_opcheck_and_compile() -> None:
     torch.library.opcheck(operator, (logits, None, 0.0, 0, 1.0, 0.0, "cpu"))
     torch._dynamo.reset()
     for dynamic in (False, True):
-        compiled = torch.compile(llmops.sample, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        compiled = torch.compile(
+            llmops.sample, fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
         torch.manual_seed(4)
         got = compiled(logits, temperature=0.7, top_k=5)
         torch.manual_seed(4)

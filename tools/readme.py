@@ -63,6 +63,7 @@ def rendered(text: str) -> str:
 
 
 def main() -> None:
+    sys.path.insert(0, str(ROOT))
     text = README.read_text()
     new = rendered(text)
     if "--check" in sys.argv[1:]:

@@ -237,8 +237,8 @@ def _resolve(
             )
     elif (cos.requires_grad or sin.requires_grad) and _is_grad_enabled():
         raise NotImplementedError(
-            f'llmops.{op}: cos or sin requires a gradient, which backend "{name}" does not compute; '
-            'use backend="reference", or pass cos.detach() and sin.detach()'
+            f'llmops.{op}: cos or sin requires a gradient, which backend "{name}" does not '
+            'compute; use backend="reference", or pass cos.detach() and sin.detach()'
         )
     return name
 

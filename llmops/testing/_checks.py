@@ -17,6 +17,7 @@ from llmops.testing._core import (
     assert_close,
     call,
     cast,
+    expected,
     leaves,
     outputs,
 )
@@ -28,8 +29,7 @@ def matches_reference(spec: OpSpec, sample: Sample, target: Target) -> None:
     """Results within the error rule of the fp64 oracle."""
     with target.active():
         got, _ = call(spec.fn, sample, backend=target.backend)
-    oracle, _ = call(spec.reference, sample, torch.float64)
-    yardstick, _ = call(spec.torch_fn, sample)
+    (oracle, _), (yardstick, _) = expected(spec, sample)
     for i, (g, o, y) in enumerate(zip(got, oracle, yardstick, strict=True)):
         assert_close(g, o, y, factor=2.0, what=f"{spec.name} output {i}")
 
@@ -38,8 +38,7 @@ def gradients(spec: OpSpec, sample: Sample, target: Target) -> None:
     """Gradients of every input that takes one, within the error rule, in its dtype."""
     with target.active():
         _, got = call(spec.fn, sample, backend=target.backend)
-    _, oracle = call(spec.reference, sample, torch.float64)
-    _, yardstick = call(spec.torch_fn, sample)
+    (_, oracle), (_, yardstick) = expected(spec, sample)
     inputs = leaves(sample.args, sample.kwargs)
     assert len(got) == len(oracle) == len(inputs), f"{spec.name}: a gradient is missing"
     for i, (g, o, y, x) in enumerate(zip(got, oracle, yardstick, inputs, strict=True)):
@@ -80,8 +79,7 @@ def _poison(x: Tensor) -> Any:
 def any_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
     """The same values in any layout: the same results and gradients within tolerance. Memory beside
     the tensors is NaN, so a read out of bounds shows."""
-    oracle, oracle_grads = call(spec.reference, sample, torch.float64)
-    yardstick, yardstick_grads = call(spec.torch_fn, sample)
+    (oracle, oracle_grads), (yardstick, yardstick_grads) = expected(spec, sample)
     for how in ("transposed", "gapped", "stepped"):
         args = tuple(_strided(a, how) for a in sample.args)
         kwargs = {k: _strided(v, how) for k, v in sample.kwargs.items()}

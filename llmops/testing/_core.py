@@ -56,6 +56,7 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     row_dim: int = -1
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.id
@@ -174,6 +175,21 @@ def call(
     grads = torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True)
     zeros = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
     return [r.detach() for r in results], zeros
+
+
+Results = tuple[list[Tensor], list[Tensor]]
+
+
+def expected(spec: OpSpec, sample: Sample) -> tuple[Results, Results]:
+    """The fp64 oracle's results and gradients, and those of PyTorch's own computation.
+
+    Computed once per sample: every target and several checks are held to them.
+    """
+    if spec.name not in sample.memo:
+        oracle = call(spec.reference, sample, torch.float64)
+        sample.memo[spec.name] = oracle, call(spec.torch_fn, sample)
+    found: tuple[Results, Results] = sample.memo[spec.name]
+    return found
 
 
 def _cotangent(result: Tensor) -> Tensor:

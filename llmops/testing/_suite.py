@@ -21,10 +21,12 @@ def suite(spec: OpSpec) -> dict[str, Callable[..., None]]:
     import pytest
 
     found: dict[str, Callable[..., None]] = {}
+    # Made once and shared by all checks and targets; no check changes them.
+    made: dict[tuple[str, torch.dtype], list[Sample]] = {}
     for name, check in CHECKS.items():
         if name in spec.skip or (name == "nan_stays_in_row" and not spec.rows):
             continue
-        cases = _cases(spec, once=name in ONCE)
+        cases = _cases(spec, made, once=name in ONCE)
 
         def test(target: Target, sample: Sample, check: Any = check) -> None:
             check(spec, sample, target)
@@ -37,14 +39,19 @@ def suite(spec: OpSpec) -> dict[str, Callable[..., None]]:
     return found
 
 
-def _cases(spec: OpSpec, once: bool) -> list[Any]:
+def _cases(
+    spec: OpSpec, made: dict[tuple[str, torch.dtype], list[Sample]], once: bool
+) -> list[Any]:
     import pytest
 
     cases = []
     chosen = targets()[-1:] if once else targets()
     for target in chosen:
         for dtype in DTYPES[:1] if once else DTYPES:
-            samples = list(spec.samples(Make(dtype, target.device)))
+            key = (target.device, dtype)
+            if key not in made:
+                made[key] = list(spec.samples(Make(dtype, target.device)))
+            samples = made[key]
             if once:
                 samples = samples[:FEW]
             short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
