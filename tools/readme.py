@@ -56,9 +56,9 @@ def speed_table() -> str:
 def rendered(text: str) -> str:
     """README's text with each generated part replaced."""
     for name, make in (("support", support_table), ("speed", speed_table)):
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, rest = text.split(begin, 1)
-        text = head + begin + make() + end + rest.split(end, 1)[1]
+        text = head + begin + make() + "\n" + end + rest.split(end, 1)[1]
     return text
 
 

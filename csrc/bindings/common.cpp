@@ -30,8 +30,8 @@ Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type,
-                                                         device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
   Tensor out(handle);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t bytes = out.numel() * element_size(type);

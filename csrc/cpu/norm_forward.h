@@ -137,7 +137,8 @@ LLMOPS_INLINE Vec gather_at(const X* x, const R* residual, Held<X, R>* h, float*
 }
 
 template <bool kCenter, bool kStream, class X, class R>
-LLMOPS_NOINLINE Sums gather(int64_t n, const X* x, const R* residual, Held<X, R>* h, float* scratch) {
+LLMOPS_NOINLINE Sums gather(int64_t n, const X* x, const R* residual, Held<X, R>* h,
+                            float* scratch) {
   const float k = kCenter ? first_mean(x, residual, n) : 0.0f;
   const Vec shift = set1(k);
   Vec s[4] = {zero(), zero(), zero(), zero()}, q[4] = {zero(), zero(), zero(), zero()};
