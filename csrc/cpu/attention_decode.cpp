@@ -46,16 +46,20 @@ LLMOPS_INLINE void score_keys(const T* const* key, int count, int64_t dim, const
   int64_t d = 0;
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-    for (; d < dim; d += 2 * W) {
-      const int n = dim - d < 2 * W ? static_cast<int>(dim - d) : 2 * W;
+    const auto step = [&](const auto& load_key) __attribute__((always_inline)) {
       Vec k[K];
-      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] = load_pairs_n(key[t] + d, n);
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] = load_key(key[t] + d);
       LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
         const Vec row = load(q + r * ldq + d / 2);
         LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] =
             dot_pairs(row, k[t], acc[r * K + t]);
       }
-    }
+    };
+    for (; d + 2 * W <= dim; d += 2 * W)
+      step([](const bf16* p) __attribute__((always_inline)) { return load_pairs(p); });
+    const int tail = static_cast<int>(dim - d);
+    if (tail > 0)
+      step([&](const bf16* p) __attribute__((always_inline)) { return load_pairs_n(p, tail); });
 #endif
   } else {
     for (; d + W <= dim; d += W) {
@@ -119,7 +123,51 @@ LLMOPS_OUTLINE void value_tile(const T* v, int64_t stride, int keys, const float
   }
 }
 
-template <class T>
+#ifdef LLMOPS_HAS_DOT_PAIRS
+// Weights [R][keys] as bf16 pairs of keys, [R][kValueKeys / 2]; 0 past the end.
+template <int R>
+LLMOPS_INLINE void pair_weights(const float* s, int keys, float* out) {
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < kValueKeys; i += 2 * W) {
+      const Vec low = load_n(s + r * kRun + i, clamp_int(keys - i, 0, W));
+      const Vec high = load_n(s + r * kRun + i + W, clamp_int(keys - i - W, 0, W));
+      store(out + (r * kValueKeys + i) / 2, narrow_pairs(low, high));
+    }
+  }
+}
+
+// The same for bf16, two keys to a step (vdpbf16ps) and 2 * NV vectors of columns.
+template <int R, int NV>
+LLMOPS_OUTLINE void value_pairs(const bf16* v, int64_t stride, int keys, const float* s, float* o,
+                                int64_t ldo) {
+  Vec acc[R][2 * NV];
+  LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+    LLMOPS_UNROLL for (int j = 0; j < 2 * NV; ++j) acc[r][j] = zero();
+  }
+  for (int i = 0; i < keys; i += 2) {
+    const bf16* next = i + 1 < keys ? v + stride : v;  // its weight is 0 past the end
+    Vec x[2 * NV];
+    LLMOPS_UNROLL for (int j = 0; j < NV; ++j)
+        unpack_pairs(load_pairs(v + 2 * j * W), load_pairs(next + 2 * j * W), x + 2 * j);
+    LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec weight = set1(s[(r * kValueKeys + i) / 2]);
+      LLMOPS_UNROLL for (int j = 0; j < 2 * NV; ++j) acc[r][j] = dot_pairs(weight, x[j], acc[r][j]);
+    }
+    v += 2 * stride;
+  }
+  LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+    LLMOPS_UNROLL for (int j = 0; j < NV; ++j) {
+      repack_halves(acc[r] + 2 * j);
+      LLMOPS_UNROLL for (int h = 0; h < 2; ++h) {
+        float* out = o + r * ldo + (2 * j + h) * W;
+        store(out, load(out) + acc[r][2 * j + h]);
+      }
+    }
+  }
+}
+#endif
+
+template <class T, bool kPairs>
 LLMOPS_INLINE void value_run(const T* v, int64_t stride, int keys, int64_t dim, int rows,
                              const float* s, float* o, int64_t ldo) {
   constexpr int NV = W == 16 ? 4 : 2;
@@ -131,6 +179,16 @@ LLMOPS_INLINE void value_run(const T* v, int64_t stride, int keys, int64_t dim, 
         constexpr int R = decltype(count)::value;
         const float* weights = s + r * kRun + i;
         int64_t d = 0;
+#ifdef LLMOPS_HAS_DOT_PAIRS
+        if constexpr (kPairs) {
+          alignas(64) float pairs[kRowTile * kValueKeys / 2];
+          pair_weights<R>(weights, n, pairs);
+          for (; d + 4 * W <= dim; d += 4 * W)
+            value_pairs<R, 2>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo);
+          for (; d + 2 * W <= dim; d += 2 * W)
+            value_pairs<R, 1>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo);
+        }
+#endif
         for (; d + NV * W <= dim; d += NV * W)
           value_tile<T, R, NV, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
                                       W);
@@ -245,7 +303,7 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
     }
     for (int r = 0; r < block.count; ++r)
       softmax_row<kMods>(p, block, s, r, key, keys, clamp_int(block.limit[r] - key, 0, keys));
-    value_run(v, p.v_stride[2], keys, p.dim_v, block.count, s.s, s.o, dim_v);
+    value_run<T, kPairs>(v, p.v_stride[2], keys, p.dim_v, block.count, s.s, s.o, dim_v);
   }
 
   const int64_t rows = block.count, width = p.dim_v + 1;

@@ -180,8 +180,10 @@ LLMOPS_INLINE Vec reduce_each(const Vec* r) {
 }
 
 // bf16 pairs: a Vec whose 32-bit lanes hold two bf16 each, the first in the low half.
+LLMOPS_INLINE Vec load_pairs(const bf16* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
 LLMOPS_INLINE Vec load_pairs_n(const bf16* p, int n) {
-  const __mmask32 m = n >= 32 ? 0xffffffffu : (n <= 0 ? 0u : (1u << n) - 1u);
+  if (n >= 32) return load_pairs(p);
+  const __mmask32 m = n <= 0 ? 0u : (1u << n) - 1u;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
 }
 // Lane i: (low[i], high[i]) rounded to bf16.
@@ -203,8 +205,26 @@ LLMOPS_INLINE Vec flip_pair_signs(Vec a) {
   return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v),
                                                _mm512_set1_epi32(static_cast<int>(0x80008000u))))};
 }
+// Pairs (a[i], b[i]) of 32 columns in the order that costs two shuffles and no constant: what is
+// accumulated from them is put in column order by repack_halves.
+LLMOPS_INLINE void unpack_pairs(Vec a, Vec b, Vec* out) {
+  const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
+  out[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
+  out[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
+}
+LLMOPS_INLINE void repack_halves(Vec* r) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 a = r[0].v, b = r[1].v;
+  r[0].v = _mm512_permutex2var_ps(a, low, b);
+  r[1].v = _mm512_permutex2var_ps(a, high, b);
+}
 #ifdef __AVX512BF16__
 #define LLMOPS_HAS_DOT_PAIRS 1
+// 32 floats rounded to bf16, in order.
+LLMOPS_INLINE Vec narrow_pairs(Vec first, Vec second) {
+  return {(__m512)_mm512_cvtne2ps_pbh(second.v, first.v)};
+}
 // c + a.low * b.low + a.high * b.high, in fp32 (subnormal products and sums flush to zero).
 LLMOPS_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
