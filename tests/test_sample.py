@@ -55,8 +55,8 @@ def test_sample_matches_exact_distribution(target: Target, dtype: torch.dtype, s
 def test_sample_distribution(target: Target) -> None:
     """Chi-square of 40000 draws against the exact filtered probabilities.
 
-    With k tokens the statistic has k - 1 degrees of freedom: mean k - 1, variance 2 (k - 1); a sound
-    sampler exceeds the mean by 6 deviations less than once in 10^7 runs, and the seed is fixed.
+    With k tokens the statistic has k - 1 degrees of freedom: mean k - 1, variance 2 (k - 1); a
+    sound sampler exceeds the mean by 6 deviations less than once in 10^7 runs; the seed is fixed.
     """
     draws = 40000
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(5)) * 1.5
@@ -121,7 +121,7 @@ def test_sample_keeps_ties(target: Target) -> None:
 
 @TARGETS
 def test_sample_extremes(target: Target) -> None:
-    """Tiny and huge temperatures, huge logits, excluded tokens, both ends of the uniform numbers."""
+    """Tiny and huge temperatures and logits, excluded tokens, both ends of the uniform numbers."""
     none = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     logits = torch.tensor([[0.0, -math.inf, 1.0, 2.0, -math.inf]])
     lowest = raw(logits, torch.zeros(1, dtype=torch.float64), target, **none)
