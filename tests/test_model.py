@@ -89,6 +89,7 @@ def test_position_tables_stay_fp32():
     model.to(torch.bfloat16)
     assert model.tokens.dtype == torch.bfloat16 and torch.equal(model.cos, before)
     assert "cos" not in model.state_dict()
+    assert model.to("meta").cos.is_meta, "they follow the device"
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
