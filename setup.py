@@ -139,7 +139,9 @@ class NinjaFile:
 class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
-        objects = Path(self.build_temp).resolve() / "objects"
+        # Always the same folder, not setuptools' build_temp, which is a new one for each editable
+        # install: whoever builds this tree again compiles only what changed.
+        objects = ROOT / "build" / "objects"
         objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
