@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,3 +70,103 @@ class RMSNorm(torch.nn.RMSNorm):
     def extra_repr(self) -> str:
         offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
         return super().extra_repr() + offset
+
+
+class Embedding(torch.nn.Embedding):
+    """torch.nn.Embedding on `llmops.embedding`.
+
+    Args:
+        backend: as in `llmops.embedding`. Others as in torch.nn.Embedding, less max_norm,
+            scale_grad_by_freq and sparse, which raise NotImplementedError.
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        self.backend = backend
+        super().__init__(*args, **kwargs)
+        for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(self, name):
+                raise NotImplementedError(
+                    f"llmops.nn.Embedding: {name}={getattr(self, name)!r} is not supported; use "
+                    "torch.nn.Embedding"
+                )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return llmops.embedding(
+            input, self.weight, padding_idx=self.padding_idx, backend=self.backend
+        )
+
+
+class SwiGLU(torch.nn.Module):
+    """y = silu(gate) up, without parameters: between the two projections of a gated MLP.
+
+    forward(gate, up), or forward(fused) with the gate in the first half of the last dimension.
+
+    Args:
+        backend: as in `llmops.swiglu`.
+    """
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        return llmops.swiglu(gate, up, backend=self.backend)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Turns q and k by their positions, from tables made once.
+
+    The tables stay fp32 whatever the module is converted to, follow it to another device, and are
+    not in the state dict.
+
+    Args:
+        dim: elements of each head that are rotated, at most the head dim.
+        max_length: positions 0 to max_length - 1 can be served.
+        base, scaling: as in `llmops.rope_tables`.
+        interleaved: as in `llmops.rope`.
+        backend: as in `llmops.rope`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        *,
+        base: float = 10000.0,
+        scaling: Mapping[str, Any] | None = None,
+        interleaved: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.interleaved = interleaved
+        self.backend = backend
+        cos, sin = llmops.rope_tables(max_length, dim, base=base, scaling=scaling)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
+        # .half() or .to(torch.bfloat16) converts buffers too: positions need the fp32 ones.
+        kept = self.cos, self.sin
+        super()._apply(fn, recurse)
+        for name, table in zip(("cos", "sin"), kept, strict=True):
+            converted = getattr(self, name)
+            if converted.dtype != table.dtype:
+                setattr(self, name, table.to(converted.device))
+        return self
+
+    def forward(
+        self, q: Tensor, k: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, Hq, T, D] and k [B, Hk, T, D], turned; position_ids [T] or [B, T], or 0 to T-1."""
+        return llmops.rope_qk(
+            q,
+            k,
+            self.cos,
+            self.sin,
+            position_ids,
+            interleaved=self.interleaved,
+            backend=self.backend,
+        )

@@ -46,7 +46,7 @@ def test_rope_qk_in_place_equals_rope_qk(target: Target, dtype: torch.dtype) -> 
 
 @TARGETS
 def test_rope_qk_in_place_on_a_fused_projection(target: Target) -> None:
-    """q and k as slices of one [B, T, (Hq + 2 Hk) D] buffer: v in it is not touched."""
+    """q and k as slices of one [B, T, (Hq + 2 Hk) D] buffer: v between them is not touched."""
     fused = torch.randn(2, 5, 8, 16)
     cos, sin = tables(Make(torch.float32), 5, 8)
     q, v, k = fused.split((4, 2, 2), 2)

@@ -11,6 +11,15 @@ constexpr int64_t kPastCacheBytes = 32 << 20;
 // Elements per task of a flat walk; a multiple of every vector length, so that tasks stay aligned.
 constexpr int64_t kFlatRun = 16384;
 
+// f(n, first) over runs that cover `total` elements of contiguous tensors.
+template <class F>
+void for_flat_runs(int64_t total, const F& f) {
+  parallel_rows((total + kFlatRun - 1) / kFlatRun, kFlatRun, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kFlatRun, last = end * kFlatRun < total ? end * kFlatRun : total;
+    f(last - first, first);
+  });
+}
+
 // f(n, offset of tensor 0, offset of tensor 1, ...) as `f(n, const int64_t* element_offsets)` for
 // dense runs that cover `sizes`. `strides[i]` are tensor i's; the last dimension is dense in all.
 template <size_t N, class F>
@@ -28,12 +37,10 @@ void for_runs(const std::vector<int64_t>& sizes, const std::vector<int64_t> (&st
     }
   }
   if (flat) {
-    parallel_rows((total + kFlatRun - 1) / kFlatRun, kFlatRun, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kFlatRun,
-                    last = end * kFlatRun < total ? end * kFlatRun : total;
+    for_flat_runs(total, [&](int64_t n, int64_t first) {
       int64_t offsets[N];
       for (size_t i = 0; i < N; ++i) offsets[i] = first;
-      f(last - first, offsets);
+      f(n, offsets);
     });
     return;
   }

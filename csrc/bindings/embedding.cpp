@@ -10,6 +10,35 @@ namespace {
 
 constexpr const char* kName = "llmops.embedding";
 
+// Ids as a dense int64 array: their own memory where it is that, else a copy.
+class DenseIds {
+ public:
+  explicit DenseIds(const Tensor& ids, const char* argument) {
+    const bool wide = ids.scalar_type() == ScalarType::Long;
+    LLMOPS_CHECK(wide || ids.scalar_type() == ScalarType::Int, kName, ": ", argument,
+                 " must be int64 or int32, got ", dtype_name(ids.scalar_type()));
+    if (wide && ids.is_contiguous()) {
+      data_ = static_cast<const int64_t*>(ids.data_ptr());
+    } else {
+      copy_ = copy_ids(ids);
+      data_ = copy_.get();
+    }
+  }
+  const int64_t* data() const { return data_; }
+
+ private:
+  std::unique_ptr<int64_t[]> copy_;
+  const int64_t* data_;
+};
+
+[[noreturn]] void fail(const cpu::EmbeddingTable& token, const cpu::EmbeddingTable& position,
+                       int64_t at) {
+  const bool bad_token = token.ids[at] < 0 || token.ids[at] >= token.rows;
+  const cpu::EmbeddingTable& table = bad_token ? token : position;
+  throw_out_of_range(table.ids[at], table.rows, kName, bad_token ? "tokens" : "positions",
+                     bad_token ? "weight has" : "position_weight has", "");
+}
+
 // tokens of any shape, weight [V, D]; positions of the same shape, position_weight [P, D].
 Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
                      const std::optional<Tensor>& positions,
@@ -19,11 +48,11 @@ Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
                ": positions and position_weight go together");
   const Tensor weight = last_dim_dense(weight_in);
   const cpu::DType type = kernel_dtype(weight.scalar_type(), kName);
-  const int64_t dim = weight.size(1), size = element_size(weight.scalar_type());
-  const CheckedIds ids(tokens, weight.size(0), kName, "tokens", "weight has");
-  const cpu::EmbeddingTable token{ids.data(), weight.data_ptr(), weight.stride(0)};
+  const int64_t dim = weight.size(1), count = tokens.numel();
+  const DenseIds ids(tokens, "tokens");
+  const cpu::EmbeddingTable token{ids.data(), weight.data_ptr(), weight.stride(0), weight.size(0)};
   cpu::EmbeddingTable position{};
-  std::optional<CheckedIds> position_ids;
+  std::optional<DenseIds> position_ids;
   std::optional<Tensor> position_weight;
   if (positions.has_value()) {
     position_weight.emplace(last_dim_dense(*position_weight_in));
@@ -32,19 +61,23 @@ Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
                  kName, ": position_weight must be [P, D] with weight's D and dtype");
     LLMOPS_CHECK(shape_of(*positions) == shape_of(tokens), kName,
                  ": positions must have the shape of tokens");
-    position_ids.emplace(*positions, position_weight->size(0), kName, "positions",
-                         "position_weight has");
-    position = {position_ids->data(), position_weight->data_ptr(), position_weight->stride(0)};
+    position_ids.emplace(*positions, "positions");
+    position = {position_ids->data(), position_weight->data_ptr(), position_weight->stride(0),
+                position_weight->size(0)};
   }
   std::vector<int64_t> sizes = shape_of(tokens);
   sizes.push_back(dim);
   Tensor out = new_output(weight, sizes);
-  if (ids.count() == 0 || dim == 0 || size == 0) return out;
+  if (count == 0) return out;
   void* out_data = out.data_ptr();
+  const bool stream = count * dim * element_size(weight.scalar_type()) > kPastCacheBytes;
   const auto kernel = LLMOPS_CPU_CALL(embedding_rows);
-  parallel_rows(ids.count(), dim, [&](int64_t begin, int64_t end) {
-    kernel(type, dim, token, position, out_data, begin, end);
+  std::atomic<int64_t> bad{-1};
+  parallel_rows(count, dim, [&](int64_t begin, int64_t end) {
+    const int64_t at = kernel(type, dim, token, position, out_data, begin, end, stream);
+    if (at >= 0) bad.store(at, std::memory_order_relaxed);
   });
+  if (bad.load() >= 0) fail(token, position, bad.load());
   return out;
 }
 

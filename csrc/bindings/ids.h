@@ -6,33 +6,57 @@
 
 namespace llmops {
 
-// The values of an int64 or int32 tensor of any shape and strides as a dense int64 array, each in
-// [0, limit). Read and checked once: a value that another thread changes later cannot lead a kernel
-// out of the table. An id out of range is an IndexError in Python.
+// "<where>: <argument> holds 7, but <what> 5 rows (0 to 4)<remedy>", an IndexError in Python.
+[[noreturn]] inline void throw_out_of_range(int64_t id, int64_t rows, const char* where,
+                                            const char* argument, const char* what,
+                                            const char* remedy) {
+  const std::string valid = rows > 0 ? message(" (0 to ", rows - 1, ")") : "";
+  throw std::out_of_range(message(where, ": ", argument, " holds ", id, ", but ", what, " ", rows,
+                                  " rows", valid, remedy));
+}
+
+// f(i, value) over an int64 or int32 tensor of any shape and strides, in order.
+template <class F>
+void for_ids(const Tensor& ids, const F& f) {
+  const int64_t count = ids.numel();
+  if (count == 0) return;
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  const void* source = ids.data_ptr();
+  auto read = [&](int64_t at) {
+    return wide ? static_cast<const int64_t*>(source)[at]
+                : static_cast<int64_t>(static_cast<const int32_t*>(source)[at]);
+  };
+  if (ids.is_contiguous()) {
+    for (int64_t i = 0; i < count; ++i) f(i, read(i));
+    return;
+  }
+  const RowIndex index(shape_of(ids), {leading_strides(ids, 0)});
+  for (int64_t i = 0; i < count; ++i) f(i, read(index.offset(0, i)));
+}
+
+inline std::unique_ptr<int64_t[]> copy_ids(const Tensor& ids) {
+  std::unique_ptr<int64_t[]> copy(new int64_t[ids.numel()]);
+  for_ids(ids, [&](int64_t i, int64_t id) { copy[i] = id; });
+  return copy;
+}
+
+// The values of an int64 or int32 tensor as a dense int64 array, each in [0, limit). Read and
+// checked once: a value that another thread changes later cannot lead a kernel out of the table.
 class CheckedIds {
  public:
-  // Errors read "<where>: <argument> holds 7, but <what> 5 rows (0 to 4)<remedy>".
+  // Errors as throw_out_of_range says.
   CheckedIds(const Tensor& ids, int64_t limit, const char* where, const char* argument,
              const char* what, const char* remedy = "") {
-    const bool wide = ids.scalar_type() == ScalarType::Long;
-    LLMOPS_CHECK(wide || ids.scalar_type() == ScalarType::Int, where, ": ", argument,
-                 " must be int64 or int32, got ", dtype_name(ids.scalar_type()));
+    LLMOPS_CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
+                 where, ": ", argument, " must be int64 or int32, got ",
+                 dtype_name(ids.scalar_type()));
     count_ = ids.numel();
     if (count_ > kInline) heap_.reset(new int64_t[count_]);
     data_ = count_ > kInline ? heap_.get() : inline_;
-    if (count_ == 0) return;
-    const void* source = ids.data_ptr();
-    const RowIndex index(shape_of(ids), {leading_strides(ids, 0)});
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t at = index.offset(0, i);
-      const int64_t id =
-          wide ? static_cast<const int64_t*>(source)[at] : static_cast<const int32_t*>(source)[at];
-      if (id < 0 || id >= limit)
-        throw std::out_of_range(message(where, ": ", argument, " holds ", id, ", but ", what, " ",
-                                        limit, " rows", limit > 0 ? " (0 to " : "",
-                                        limit > 0 ? std::to_string(limit - 1) + ")" : "", remedy));
+    for_ids(ids, [&](int64_t i, int64_t id) {
+      if (id < 0 || id >= limit) throw_out_of_range(id, limit, where, argument, what, remedy);
       data_[i] = id;
-    }
+    });
   }
   CheckedIds(const CheckedIds&) = delete;
   CheckedIds& operator=(const CheckedIds&) = delete;

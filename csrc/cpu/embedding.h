@@ -6,18 +6,20 @@
 namespace llmops::cpu {
 
 struct EmbeddingTable {
-  const int64_t* ids;  // checked: each within the table
-  const void* weight;  // rows of dim elements, `step` apart, dense within
-  int64_t step;
+  const int64_t* ids;
+  const void* weight;  // `rows` rows of dim elements, `step` apart, dense within
+  int64_t step, rows;
 };
 
 }  // namespace llmops::cpu
 
-// Rows [begin, end) of out [*, dim]; `position.ids` null: tokens only.
-LLMOPS_CPU_KERNEL(void, embedding_rows, llmops::cpu::DType, int64_t dim,
+// Rows [begin, end) of out [*, dim]; `position.ids` null: tokens only. Returns the first i whose
+// token or position id is outside its table, where it stops, or -1. `stream`: store past the
+// caches.
+LLMOPS_CPU_KERNEL(int64_t, embedding_rows, llmops::cpu::DType, int64_t dim,
                   const llmops::cpu::EmbeddingTable& token,
                   const llmops::cpu::EmbeddingTable& position, void* out, int64_t begin,
-                  int64_t end)
+                  int64_t end, bool stream)
 // Rows [begin, end) of dweight [*, dim]. order[first[v]..first[v + 1]) are the i of table row v,
 // ascending; grad's rows are grad_step elements apart. `stream`: store past the caches.
 LLMOPS_CPU_KERNEL(void, embedding_bwd_rows, llmops::cpu::DType, int64_t dim, const void* grad,

@@ -11,9 +11,11 @@ from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _check
 from llmops.ops._op import LIBRARY, Op
+from llmops.ops._rope_checks import check_heads, check_pair, check_tables
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def rope(
@@ -55,8 +57,8 @@ def rope(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
-    _check_heads("rope", "x", x)
-    _check_tables("rope", x, cos, sin, position_ids)
+    check_heads("rope", "x", x)
+    check_tables("rope", x, cos, sin, position_ids)
     name = _resolve("rope", x, cos, sin, position_ids, backend)
     if name == "reference":
         return reference.rope(x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
@@ -82,8 +84,8 @@ def rope_qk(
     Returns:
         (q, k), turned.
     """
-    _check_pair("rope_qk", q, k)
-    _check_tables("rope_qk", q, cos, sin, position_ids)
+    check_pair("rope_qk", q, k)
+    check_tables("rope_qk", q, cos, sin, position_ids)
     name = _resolve("rope_qk", q, cos, sin, position_ids, backend)
     if name == "reference":
         return reference.rope_qk(
@@ -114,8 +116,8 @@ def rope_qk_(
             above.
         Others as `rope`.
     """
-    _check_pair("rope_qk_", q, k)
-    _check_tables("rope_qk_", q, cos, sin, position_ids)
+    check_pair("rope_qk_", q, k)
+    check_tables("rope_qk_", q, cos, sin, position_ids)
     _refuse_gradients(q, k)
     name = _resolve("rope_qk_", q, cos, sin, position_ids, backend)
     if not _is_compiling():
@@ -127,94 +129,14 @@ def rope_qk_(
                 )
     if name != "reference":
         cos, sin = _to_float(cos), _to_float(sin)
-    torch.ops.llmops.rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse, name)
+    if _is_compiling() or type(q) is not Tensor or type(k) is not Tensor or _dispatch_modes():
+        torch.ops.llmops.rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse, name)
+    else:
+        _forward_qk_(q, k, cos, sin, position_ids, interleaved, inverse, name)
     return q, k
 
 
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _check_heads(op: str, argument: str, x: Tensor) -> None:
-    _check.floating(op, argument, x)
-    if x.dim() != 4:
-        raise ValueError(
-            f"llmops.{op}: {argument} must be [B, H, T, D]; got shape {tuple(x.shape)}"
-        )
-
-
-def _check_pair(op: str, q: Tensor, k: Tensor) -> None:
-    _check_heads(op, "q", q)
-    _check_heads(op, "k", k)
-    qs, ks = q.shape, k.shape
-    if qs[0] != ks[0] or qs[2] != ks[2] or qs[3] != ks[3]:
-        raise ValueError(
-            f"llmops.{op}: q [B, Hq, T, D] and k [B, Hk, T, D] must agree in B, T and D; got "
-            f"{tuple(qs)} and {tuple(ks)}"
-        )
-    if q.dtype != k.dtype:
-        raise TypeError(
-            f"llmops.{op}: q has dtype {_check.dtype_name(q.dtype)} and k "
-            f"{_check.dtype_name(k.dtype)}; convert one, e.g. k.to(q.dtype)"
-        )
-    if q.device != k.device:
-        _check.same_device(op, "q", q, "k", k)
-
-
-def _check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Any) -> None:
-    _check.floating(op, "cos", cos)
-    _check.floating(op, "sin", sin)
-    shape, rank = cos.shape, cos.dim()
-    if rank not in (2, 3) or sin.shape != shape:
-        raise ValueError(
-            f"llmops.{op}: cos and sin must both be [N, R/2] or both [B, T, R/2]; got "
-            f"{tuple(shape)} and {tuple(sin.shape)}"
-        )
-    batch, _, tokens, head_dim = x.shape
-    if 2 * shape[-1] > head_dim:
-        raise ValueError(
-            f"llmops.{op}: cos and sin have {shape[-1]} columns, which turn {2 * shape[-1]} "
-            f"elements, but the head dim is {head_dim}; a table in which every angle stands twice "
-            "is cut with cos[..., : cos.shape[-1] // 2]"
-        )
-    if cos.device != x.device or sin.device != x.device:
-        _check.same_device(op, "x" if op == "rope" else "q", x, "cos", cos)
-        _check.same_device(op, "x" if op == "rope" else "q", x, "sin", sin)
-    if rank == 3:
-        if position_ids is not None:
-            raise ValueError(
-                f"llmops.{op}: position_ids goes with [N, R/2] tables; cos is already gathered, "
-                f"with shape {tuple(shape)}; drop one"
-            )
-        if shape[0] not in (1, batch) or shape[1] != tokens:
-            raise ValueError(
-                f"llmops.{op}: gathered cos and sin must be [B, T, R/2] with B 1 or {batch} and T "
-                f"{tokens}; got {tuple(shape)}"
-            )
-    elif position_ids is None:
-        if shape[0] < tokens:
-            raise ValueError(
-                f"llmops.{op}: {tokens} tokens need as many rows of cos and sin, which have "
-                f"{shape[0]}; make longer tables with llmops.rope_tables"
-            )
-    else:
-        _check_positions(op, x, position_ids)
-
-
-def _check_positions(op: str, x: Tensor, position_ids: Any) -> None:
-    _check.integers(op, "position_ids", position_ids)
-    shape = position_ids.shape
-    batch, tokens = x.shape[0], x.shape[2]
-    if (
-        len(shape) not in (1, 2)
-        or shape[-1] != tokens
-        or (len(shape) == 2 and shape[0] not in (1, batch))
-    ):
-        raise ValueError(
-            f"llmops.{op}: position_ids must be [T] or [B, T] with B {batch} and T {tokens}; got "
-            f"{tuple(shape)}"
-        )
-    if position_ids.device != x.device:
-        _check.same_device(op, "x" if op == "rope" else "q", x, "position_ids", position_ids)
+# ---- what a call needs to know ------------------------------------------------------------------
 
 
 def _refuse_gradients(q: Tensor, k: Tensor) -> None:
@@ -365,7 +287,8 @@ def _forward_qk_(
         return
     backends.get(backend).rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse)
     # Tells autograd that earlier operations which saved q or k must not use them any more.
-    torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
+    if not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
 
 
 _FLAGS = "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse"

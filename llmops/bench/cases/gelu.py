@@ -1,0 +1,43 @@
+"""gelu, exact and in its tanh form, at model shapes, decode included.
+
+Bytes: x read, y written (forward); dy and x read, dx written (backward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llmops
+from llmops.bench.harness import Case, with_backward
+
+SHAPES = ((512, 3072), (128, 3072), (2048, 5632), (1, 3072), (1, 14336))
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SHAPES[:1] if quick else SHAPES:
+            x = torch.randn(shape).to(dtype).requires_grad_()
+            name = "x".join(map(str, shape))
+            size = x.numel() * x.element_size()
+            for form in ("none", "tanh"):
+
+                def ours(t: Tensor, form: str = form) -> Tensor:
+                    return llmops.gelu(t, approximate=form)
+
+                def eager(t: Tensor, form: str = form) -> Tensor:
+                    return F.gelu(t, approximate=form)
+
+                for passes, factor in (("fwd", 2), ("bwd", 3)):
+                    yield Case(
+                        "gelu",
+                        passes,
+                        dtype,
+                        name if form == "none" else f"tanh {name}",
+                        with_backward(passes, ours, (x,)),
+                        with_backward(passes, eager, (x,)),
+                        bytes=factor * size,
+                    )
