@@ -127,8 +127,8 @@ Tensor embedding_bwd_cpu(const Tensor& grad_in, const Tensor& ids_in, int64_t ro
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def(
-      "embedding(Tensor tokens, Tensor weight, Tensor? positions, Tensor? position_weight) -> "
-      "Tensor");
+      "embedding(Tensor tokens, Tensor weight, Tensor? positions=None, "
+      "Tensor? position_weight=None) -> Tensor");
   m.def("embedding_bwd(Tensor grad, Tensor ids, int rows, int padding_idx) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {

@@ -131,7 +131,7 @@ Tensor glu_bwd_fused_cpu(const Tensor& grad, const Tensor& x, int64_t code) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("swiglu(Tensor gate, Tensor? up) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
   m.def("geglu(Tensor gate, Tensor? up, bool tanh) -> Tensor");
   m.def("glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)");
   m.def("glu_bwd_fused(Tensor grad, Tensor x, int activation) -> Tensor");

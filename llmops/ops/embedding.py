@@ -143,7 +143,11 @@ def _forward(
         return reference.embedding(
             tokens, weight, positions=positions, position_weight=position_weight
         )
-    return backends.get(backend).embedding(tokens, weight, positions, position_weight)  # type: ignore[no-any-return]
+    raw = backends.get(backend).embedding
+    # An argument left to its default costs the call less than a None.
+    if positions is None:
+        return raw(tokens, weight)  # type: ignore[no-any-return]
+    return raw(tokens, weight, positions, position_weight)  # type: ignore[no-any-return]
 
 
 def _fake(

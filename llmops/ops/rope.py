@@ -172,7 +172,7 @@ def _to_float(table: Tensor) -> Tensor:
 def _token_major(x: Tensor) -> bool:
     """True when x lies in memory as [B, T, H, D]: results and gradients then do as well, and the
     projection around needs no copy."""
-    return x.stride(1) < x.stride(2)
+    return x.shape[2] > 1 and x.stride(1) < x.stride(2)
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -199,9 +199,11 @@ def _forward(
     if backend == "reference":
         turned = reference.rope(x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
         return _ordered(turned, token_major)
-    return backends.get(backend).rope(  # type: ignore[no-any-return]
-        x, cos, sin, position_ids, interleaved, inverse, token_major
-    )
+    raw = backends.get(backend).rope
+    # Arguments left to their defaults cost the call nothing: a microsecond of a decode step.
+    if not (interleaved or inverse or token_major):
+        return raw(x, cos, sin, position_ids)  # type: ignore[no-any-return]
+    return raw(x, cos, sin, position_ids, interleaved, inverse, token_major)  # type: ignore[no-any-return]
 
 
 def _fake(
@@ -250,9 +252,10 @@ def _forward_qk(
             q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
         )
         return _ordered(turned[0], token_major), _ordered(turned[1], token_major)
-    return backends.get(backend).rope_qk(  # type: ignore[no-any-return]
-        q, k, cos, sin, position_ids, interleaved, inverse, token_major
-    )
+    raw = backends.get(backend).rope_qk
+    if not (interleaved or inverse or token_major):
+        return raw(q, k, cos, sin, position_ids)  # type: ignore[no-any-return]
+    return raw(q, k, cos, sin, position_ids, interleaved, inverse, token_major)  # type: ignore[no-any-return]
 
 
 def _fake_qk(
@@ -285,7 +288,11 @@ def _forward_qk_(
     if backend == "reference":
         reference.rope_qk_(q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
         return
-    backends.get(backend).rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse)
+    raw = backends.get(backend).rope_qk_
+    if interleaved or inverse:
+        raw(q, k, cos, sin, position_ids, interleaved, inverse)
+    else:
+        raw(q, k, cos, sin, position_ids)
     # Tells autograd that earlier operations which saved q or k must not use them any more.
     if not torch.is_inference_mode_enabled():
         torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
