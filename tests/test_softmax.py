@@ -66,6 +66,18 @@ def test_softmax_hypothesis(target: Target, data: st.DataObject) -> None:
     assert_close(got, oracle, torch_softmax(x, **arguments), factor=2.0, what="softmax")
 
 
+@pytest.mark.parametrize("n", [2048, 2050])
+def test_softmax_backward_past_the_caches(n: int) -> None:
+    """Over 32 MiB the gradient is written by non-temporal stores where rows are aligned."""
+    x = torch.randn(2048, n, requires_grad=True)
+    grad = torch.randn(2048, n)
+    (got,) = torch.autograd.grad(llmops.softmax(x), x, grad)
+    wide = x.detach().double().requires_grad_()
+    (oracle,) = torch.autograd.grad(torch.softmax(wide, -1), wide, grad.double())
+    (yardstick,) = torch.autograd.grad(torch.softmax(x, -1), x, grad)
+    assert_close(got, oracle, yardstick, factor=3.0, what="softmax gradient")
+
+
 def test_softmax_rows_sum_to_one_and_shift_invariant() -> None:
     x = torch.randn(50, 777) * 5
     y = llmops.softmax(x)

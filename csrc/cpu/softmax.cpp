@@ -116,7 +116,8 @@ LLMOPS_INLINE float masked_logits(const SoftmaxParams& p, const X* x, const M* m
   return combine_max(m);
 }
 
-template <class Y, class X>
+// kStream: dx goes past the caches, which it would only push y and dy out of.
+template <bool kStream, class Y, class X>
 LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* dx) {
   Vec s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
@@ -133,7 +134,12 @@ LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* 
   for (i = 0; i + kBlock <= n; i += kBlock) {
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
       const int64_t k = i + j * W;
-      store(dx + k, load(y + k) * factor * (load(dy + k) - dot));
+      const Vec d = load(y + k) * factor * (load(dy + k) - dot);
+      if constexpr (kStream) {
+        stream(dx + k, d);
+      } else {
+        store(dx + k, d);
+      }
     }
   }
   for (; i < n; i += W) {
@@ -175,11 +181,19 @@ void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t vali
   });
 }
 
-void softmax_bwd_row(DType y_type, DType dx_type, int64_t n, float scale, const void* y,
-                     const void* dy, void* dx) {
+void softmax_bwd_row(DType y_type, DType dx_type, int64_t n, float scale, bool past_caches,
+                     const void* y, const void* dy, void* dx) {
   LLMOPS_DISPATCH(y_type, Y, LLMOPS_DISPATCH(dx_type, X, {
-                    backward(n, scale, static_cast<const Y*>(y), static_cast<const Y*>(dy),
-                             static_cast<X*>(dx));
+                    const auto* from = static_cast<const Y*>(y);
+                    const auto* grad = static_cast<const Y*>(dy);
+                    auto* to = static_cast<X*>(dx);
+                    const bool aligned = reinterpret_cast<uintptr_t>(to) % (W * sizeof(X)) == 0;
+                    if (past_caches && aligned) {
+                      backward<true>(n, scale, from, grad, to);
+                      stream_fence();
+                    } else {
+                      backward<false>(n, scale, from, grad, to);
+                    }
                   }));
 }
 

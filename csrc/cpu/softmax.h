@@ -31,6 +31,6 @@ struct SoftmaxParams {
 LLMOPS_CPU_KERNEL(void, softmax_fwd_row, const llmops::cpu::SoftmaxParams&,
                   const llmops::cpu::SoftmaxRow&, int64_t valid, float* scratch)
 
-// dx from y and dy, all dense rows of n.
+// dx from y and dy, all dense rows of n; `past_caches` writes dx by non-temporal stores.
 LLMOPS_CPU_KERNEL(void, softmax_bwd_row, llmops::cpu::DType y_type, llmops::cpu::DType dx_type,
-                  int64_t n, float scale, const void* y, const void* dy, void* dx)
+                  int64_t n, float scale, bool past_caches, const void* y, const void* dy, void* dx)
