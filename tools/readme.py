@@ -14,7 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULT = ROOT / "benchmarks" / "results" / "cpu-avx512-bf16-2core.json"
+RESULTS = ROOT / "benchmarks" / "results"
+# The same run twice: torch as it comes, and with transparent huge pages on for torch too.
+RESULT = RESULTS / "cpu-avx512-bf16-2core.json"
+HUGE_PAGES = RESULTS / "cpu-avx512-bf16-2core-thp.json"
 
 
 def support_table() -> str:
@@ -30,25 +33,26 @@ def support_table() -> str:
 
 
 def speed_table() -> str:
-    """The rows of the committed result, one line per op, pass and shape."""
-    if not RESULT.exists():
-        return "not measured"
-    result: dict[str, Any] = json.loads(RESULT.read_text())
-    machine = result["machine"]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["op"], row["passes"], row["shape"]), []).append(row)
+    """The rows of the committed results, one line per op, pass and shape."""
+    plain, huge = (json.loads(file.read_text()) for file in (RESULT, HUGE_PAGES))
+    machine: dict[str, Any] = plain["machine"]
+    ratios: dict[tuple[str, str, str], dict[str, str]] = {}
+    for result, kind in ((plain, ""), (huge, "+")):
+        for row in result["rows"]:
+            line = ratios.setdefault((row["op"], row["passes"], row["shape"]), {})
+            line[row["dtype"] + kind] = f"{row['ratio']:.2f}x"
     lines = [
         f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread, torch "
-        f"{machine['torch']}, commit {machine['commit']}. Times as fast as PyTorch eager:",
+        f"{machine['torch']}, commit {machine['commit']}. Times as fast as PyTorch eager; the last "
+        "two columns with `THP_MEM_ALLOC_ENABLE=1`, which gives torch's fresh outputs huge pages:",
         "",
-        "| op | pass | shape | float32 | bfloat16 |",
-        "|---|---|---|---|---|",
+        "| op | pass | shape | float32 | bfloat16 | float32, THP | bfloat16, THP |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (op, passes, shape), rows in groups.items():
-        by_dtype = {r["dtype"]: f"{r['ratio']:.2f}x" for r in rows}
-        cells = [by_dtype.get(d, "–") for d in ("float32", "bfloat16")]
-        lines.append(f"| `{op}` | {passes} | {shape} | {cells[0]} | {cells[1]} |")
+    columns = ("float32", "bfloat16", "float32+", "bfloat16+")
+    for (op, passes, shape), line in ratios.items():
+        cells = " | ".join(line.get(c, "–") for c in columns)
+        lines.append(f"| `{op}` | {passes} | {shape} | {cells} |")
     return "\n".join(lines)
 
 
