@@ -1,7 +1,6 @@
 """llmops: fused kernels for language models, as torch custom ops.
 
-One set of operator schemas, three kernel backends (C++ on CPU, Triton, CUDA C++), each with forward
-and backward. `llmops.info()` says what is usable here; `llmops.explain(op, ...)` which kernel a
+One set of operator schemas for three kernel backends: C++ on CPU, Triton, CUDA C++. `llmops.info()` says what is usable here; `llmops.explain(op, ...)` which kernel a
 call would run.
 """
 
