@@ -1,7 +1,7 @@
 """llmops: fused kernels for language models, as torch custom ops.
 
-One set of operator schemas for three kernel backends: C++ on CPU, Triton, CUDA C++. `llmops.info()` says what is usable here; `llmops.explain(op, ...)` which kernel a
-call would run.
+One set of operator schemas for three kernel backends: C++ on CPU, Triton, CUDA C++. `llmops.info()`
+says what is usable here; `llmops.explain(op, ...)` which kernel a call would run.
 """
 
 from __future__ import annotations
