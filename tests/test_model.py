@@ -4,6 +4,8 @@ PyTorch and transformers, and the operators are what runs."""
 import dataclasses
 import itertools
 import math
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -222,6 +224,44 @@ def test_generate_samples_as_asked():
         best = model(out[:, :-1]).topk(3, -1).indices[:, 8:]
     assert (best == out[:, 9:, None]).any(-1).all(), "every token is one of the three likeliest"
     assert not torch.equal(out, draw(4))
+
+
+# Kernels of one step: once, and once per layer.
+KERNELS = {
+    "gpt2": ("embedding layer_norm sample", "attention add_layer_norm add_layer_norm gelu"),
+    "llama": ("embedding rms_norm sample", "attention add_rms_norm add_rms_norm rope_qk_ swiglu"),
+}
+# What stands for an operator of ours in torch; linear, views and copies are the model's own.
+PLAIN = re.compile(
+    "softmax|attention|norm|gelu|silu|sigmoid|tanh|exp$|pow|rsqrt|mean|cos|sin|embed"
+)
+PLAIN_SAMPLING = re.compile("index|gather|sort|topk|multinomial|argmax|cumsum")
+
+
+@pytest.mark.parametrize("prompts", [ids_2x9, [[5], [1, 2, 3]]], ids=["equal", "unequal"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_generate_runs_on_our_kernels(name, prompts):
+    """Counted by torch's profiler, which sees every operator that runs, ours under torch or not."""
+    model, steps, layers = small(CONFIGS[name]), 5, CONFIGS[name].n_layer
+
+    def run() -> Counter:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.generate(prompts, steps, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
+        return Counter({event.key: event.count for event in profile.key_averages()})
+
+    run()  # the first call also asks which instruction set there is
+    seen = run()
+    once, per_layer = (Counter(names.split()) for names in KERNELS[name])
+    expected = {k: steps * (once[k] + layers * per_layer[k]) for k in once + per_layer}
+    ours = {k: n for k, n in seen.items() if k.startswith("llmops_cpu::")}
+    assert {k.split("::")[1].removesuffix("_fwd"): n for k, n in ours.items()} == expected
+    assert seen["aten::linear"] == steps * (4 * layers + 1)
+    torchs = [k for k in seen if k.startswith("aten::")]
+    assert not [k for k in torchs if PLAIN.search(k) or PLAIN_SAMPLING.search(k)]
+    with llmops.use_backend("reference"):
+        plain = run()
+    assert not [k for k in plain if k.startswith("llmops_cpu::")]
+    assert {"aten::softmax", "aten::embedding", "aten::rsqrt"} <= plain.keys()
 
 
 def test_generate_stops_at_eos():
