@@ -67,7 +67,7 @@ class _State(threading.local):
     requested: Any = None
 
 
-_state = _State()
+state = _State()
 _is_compiling = torch.compiler.is_compiling
 _table: dict[Any, str] = {}
 _warned: set[tuple[str, str]] = set()
@@ -103,12 +103,12 @@ class use_backend:
         self.previous: list[Any] = []
 
     def __enter__(self) -> use_backend:
-        self.previous.append(_state.requested)
-        _state.requested = self.name
+        self.previous.append(state.requested)
+        state.requested = self.name
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _state.requested = self.previous.pop()
+        state.requested = self.previous.pop()
 
 
 def resolve(
@@ -119,7 +119,7 @@ def resolve(
     backend: str | None = None,
 ) -> str:
     """The name of the backend that serves this call; raises where a named one cannot."""
-    enclosing = _state.requested
+    enclosing = state.requested
     if _is_compiling():
         requested = backend if backend is not None else enclosing
         return _resolve_constant(op, device.type, dtype, features, requested)
@@ -149,9 +149,9 @@ _resolve_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def requested(backend: str | None = None) -> str | None:
     """What a call asks for: its argument, the enclosing use_backend or the environment; None inside
     explain, which wants an answer and no error."""
-    if type(_state.requested) is _Explain:
+    if type(state.requested) is _Explain:
         return None
-    return backend or _state.requested or _environment()
+    return backend or state.requested or _environment()
 
 
 def _environment() -> str:
@@ -243,17 +243,26 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Decision
             )
         function = getattr(llmops, op)
     assert callable(function)
-    previous = _state.requested
-    _state.requested = _Explain(previous if isinstance(previous, str) else _environment())
+    previous = state.requested
+    state.requested = _Explain(previous if isinstance(previous, str) else _environment())
     try:
         function(*args, **kwargs)
     except _Explained as explained:
         return explained.decision
     finally:
-        _state.requested = previous
+        state.requested = previous
     raise ValueError(f"llmops.explain: {op!r} does not choose a backend")
+
+
+_clearing: list[Callable[[], None]] = [_table.clear]
+
+
+def on_clear(forget: Callable[[], None]) -> None:
+    """`forget` is called by clear(): for whoever keeps decisions of its own."""
+    _clearing.append(forget)
 
 
 def clear() -> None:
     """Forgets all decisions, so that a changed environment or instruction set is seen."""
-    _table.clear()
+    for forget in _clearing:
+        forget()

@@ -22,6 +22,18 @@ Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType
                             type);
 }
 
+Tensor new_output_like(const Tensor& t, ScalarType type) {
+  constexpr size_t kInline = 8;
+  const auto sizes = t.sizes();
+  if (sizes.size() > kInline) return new_output(t, shape_of(t), type);
+  int64_t strides[kInline], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  return new_output_strided(t, sizes.data(), strides, static_cast<int64_t>(sizes.size()), type);
+}
+
 Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* strides,
                           int64_t dims, ScalarType type) {
   // The C shim itself: the dispatcher's boxed new_empty costs a microsecond more.

@@ -73,9 +73,19 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  if (x.size() != y.size()) return false;
+  for (size_t d = 0; d < x.size(); ++d)
+    if (x[d] != y[d]) return false;
+  return true;
+}
+
 // A fresh, uninitialized tensor on t's device. Large ones are advised to use huge pages: the first
 // touch of a 4 KiB page costs about 2 us, which for a row op is more than computing it.
 Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType type);
+// The same with t's own sizes, contiguous.
+Tensor new_output_like(const Tensor& t, ScalarType type);
 // The same with any dense order of the dimensions in memory.
 Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* strides,
                           int64_t dims, ScalarType type);

@@ -39,7 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, int dims=1) -> Tensor");
+  m.def(
+      "layer_norm_fwd(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, int "
+      "dims=1) "
+      "-> Tensor");
   m.def(
       "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
       "int dims=1) -> (Tensor, Tensor)");
@@ -47,7 +50,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   // the same in dy's dtype where that differs, dweight, dbias; of no elements where not needed.
   m.def(
       "layer_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, Tensor? bias, float eps, "
-      "int dims, bool need_h, bool need_x, bool need_params) "
+      "int dims=1, bool need_h=True, bool need_x=False, bool need_params=True) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {

@@ -78,15 +78,18 @@ class RowWalk {
 };
 
 // weight or bias in fp32, with the offset: the tensor's own memory, or `storage`.
-const float* widened(const std::optional<Tensor>& t, int64_t n, float offset, const char* name,
-                     std::unique_ptr<float[]>& storage) {
+const float* widened(const std::optional<Tensor>& t, const Tensor& x, int64_t dims, int64_t n,
+                     float offset, const char* name, std::unique_ptr<float[]>& storage) {
   if (!t.has_value()) {
     storage.reset(new float[n]);
     for (int64_t i = 0; i < n; ++i) storage[i] = offset;
     return storage.get();
   }
-  LLMOPS_CHECK(t->numel() == n, name, ": weight and bias must have the ", n,
-               " elements of a row, got ", t->numel());
+  const auto sizes = t->sizes(), all = x.sizes();
+  bool fits = static_cast<int64_t>(sizes.size()) == dims;
+  for (int64_t d = 0; fits && d < dims; ++d) fits = sizes[d] == all[all.size() - dims + d];
+  LLMOPS_CHECK(fits, name, ": weight and bias must have the shape of x's last ", dims,
+               " dimensions");
   const cpu::DType type = kernel_dtype(t->scalar_type(), name);
   const bool dense = t->is_contiguous();
   if (type == cpu::DType::f32 && offset == 0.0f && dense)
@@ -111,8 +114,9 @@ struct Setup {
     p.eps = static_cast<float>(affine.eps);
     const float offset =
         affine.weight.has_value() ? static_cast<float>(affine.weight_offset) : 1.0f;
-    p.weight = widened(affine.weight, p.n, offset, name, weight_storage);
-    if (affine.centered) p.bias = widened(affine.bias, p.n, 0.0f, name, bias_storage);
+    p.weight = widened(affine.weight, x, affine.dims, p.n, offset, name, weight_storage);
+    if (affine.centered)
+      p.bias = widened(affine.bias, x, affine.dims, p.n, 0.0f, name, bias_storage);
   }
 };
 
@@ -124,19 +128,18 @@ std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor
   Setup setup(kernels.name, x_in, affine);
   cpu::NormParams& p = setup.p;
   const Rows x(x_in, affine.dims);
-  const std::vector<int64_t> shape = shape_of(x_in);
-  const Tensor y = new_output(x_in, shape);
+  const Tensor y = new_output_like(x_in, x_in.scalar_type());
   Tensor h = x_in;
   std::optional<Rows> residual;
   if (residual_in.has_value()) {
-    LLMOPS_CHECK(shape_of(*residual_in) == shape, kernels.name,
+    LLMOPS_CHECK(same_shape(*residual_in, x_in), kernels.name,
                  ": residual must have the shape of x");
     const ScalarType type = residual_in->scalar_type();
     LLMOPS_CHECK(type == x_in.scalar_type() || type == ScalarType::Float, kernels.name,
                  ": residual must be float32 or have x's dtype, got ", dtype_name(type));
     p.residual_type = p.h_type = kernel_dtype(type, kernels.name);
     residual.emplace(*residual_in, affine.dims);
-    h = new_output(*residual_in, shape);
+    h = new_output_like(x_in, type);
   }
   const int64_t count = x_in.numel(), n = p.n;
   if (count == 0) return {y, h};

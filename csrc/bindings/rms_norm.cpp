@@ -46,8 +46,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   // h: what was normalized (x, or the sum); dh: the gradient of the output h. Gives dh in total,
   // the same in dy's dtype where that differs, dweight; of no elements where not needed.
   m.def(
-      "rms_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, float eps, int dims, "
-      "float weight_offset, bool need_h, bool need_x, bool need_weight) "
+      "rms_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, float eps, int dims=1, "
+      "float weight_offset=0.0, bool need_h=True, bool need_x=False, bool need_weight=True) "
       "-> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {

@@ -40,21 +40,13 @@ struct Operands {
   }
 };
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  if (x.size() != y.size()) return false;
-  for (size_t d = 0; d < x.size(); ++d)
-    if (x[d] != y[d]) return false;
-  return true;
-}
-
 Tensor glu(const Tensor& gate, const std::optional<Tensor>& up, Activation kind, const char* name) {
   if (up.has_value() && gate.is_contiguous() && up->is_contiguous()) {
     // The short way for a call of a few microseconds: no strides to look at.
     const cpu::DType type = kernel_dtype(gate.scalar_type(), name);
     LLMOPS_CHECK(same_shape(gate, *up) && gate.scalar_type() == up->scalar_type(), name,
                  ": gate and up must agree in shape and dtype");
-    Tensor y = new_output(gate, shape_of(gate));
+    Tensor y = new_output_like(gate, gate.scalar_type());
     const int64_t size = element_size(gate.scalar_type()), total = gate.numel();
     const auto *gate_data = static_cast<const char*>(gate.data_ptr()),
                *up_data = static_cast<const char*>(up->data_ptr());

@@ -170,6 +170,12 @@ def with_backward(passes: str, function: Callable[..., Any], inputs: tuple[Any, 
     )
 
 
+def passes_of(rows: int, forward: int, backward: int) -> tuple[tuple[str, int], ...]:
+    """(pass, factor) pairs of a row op on `rows` rows. A decode step, of few rows, has no backward:
+    nobody trains on one token."""
+    return (("fwd", forward),) if rows <= 8 else (("fwd", forward), ("bwd", backward))
+
+
 def run(cases: Iterable[Case], seconds: float = 0.6) -> Iterator[Row]:
     limits = Limits()
     for case in cases:

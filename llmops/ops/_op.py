@@ -8,6 +8,8 @@ An `Op` is three things over the same functions:
   register_autograd per call, and the only form that torch.func.grad goes through.
 benchmarks/NOTES.md has the measurements behind this.
 
+A front door may go a shorter way still, straight into the raw kernel: `shortcut`.
+
 Double backward is right for every op: a backward operator is an `Op` itself, whose own backward is
 torch.func.vjp of its plain PyTorch form.
 """
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llmops import backends, dispatch
+
 LIBRARY = torch.library.Library("llmops", "FRAGMENT")
 
 # Tensor types without behaviour of their own: these may skip the dispatcher's Python layers.
@@ -30,6 +34,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _forward_ad = torch.autograd.forward_ad
+_autocast = torch._C._is_any_autocast_enabled
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -75,26 +80,89 @@ class Op:
         self.function, self.functorch_function = _functions(self.name, forward, setup, backward)
 
     def __call__(self, *args: Any) -> Any:
-        if _is_compiling():
+        if _is_compiling() or _dispatch_modes():
             return self.overload(*args)
-        needs_grad = False
+        grad_enabled, needs_grad = _is_grad_enabled(), False
         for i in self.tensor_positions:
             tensor = args[i]
             if tensor is None:
                 continue
             if type(tensor) not in _PLAIN or tensor.is_meta:
                 return self.overload(*args)
-            if tensor.requires_grad:
+            if grad_enabled and tensor.requires_grad:
                 needs_grad = True
-        if _dispatch_modes():
-            return self.overload(*args)
         # Inside a forward-mode level a plain call would drop the tangents without a word; the
         # Functions raise NotImplementedError for them.
-        if (needs_grad and _is_grad_enabled()) or _forward_ad._current_level >= 0:
+        if needs_grad or _forward_ad._current_level >= 0:
             if _functorch_level() is not None:
                 return self.functorch_function.apply(*args)
             return self.function.apply(*args)
         return self.forward(*args)
+
+
+def shortcut(op: str) -> Callable[..., Any]:
+    """A function that gives the raw CPU kernel of `op`, for a call that wants its result only.
+
+    At decode sizes a call is all overhead, so the front doors of small ops try this first and check
+    nothing: the raw operator checks all that keeps memory safe, and where it raises, the long way
+    checks again and says what the user should read.
+
+    >>> raw = _raw(x, weight)  # _raw = shortcut("op")
+    >>> if raw is not None:
+    ...     try:
+    ...         return raw(x, weight)
+    ...     except RuntimeError:
+    ...         pass  # the checks below say what is wrong
+
+    The function returns None where anything stands between the raw operator and this call: another
+    backend, a gradient, a compiler, a mode, autocast, another device, a tensor type of its own. Its
+    first argument decides the dtype; the others may ask for a gradient, too.
+    """
+    table: dict[torch.dtype, Any] = {}
+    dispatch.on_clear(table.clear)
+
+    def find(dtype: torch.dtype) -> Any:
+        call = dispatch.Call(op, "cpu", dtype)
+        if dispatch.decide(call, dispatch.requested() or "auto").backend != "cpu":
+            return False
+        overload = getattr(backends.get("cpu"), op)
+        # Less the Python frame of OpOverload.__call__, which only passes the arguments on.
+        return getattr(overload, "_op", overload)
+
+    # Names bound as locals: a global or an attribute costs more, and this is all of the overhead.
+    def raw(
+        x: Any,
+        *others: Any,
+        state: Any = dispatch.state,
+        is_compiling: Any = _is_compiling,
+        modes: Any = _dispatch_modes,
+        forward_ad: Any = _forward_ad,
+        autocast: Any = _autocast,
+        grad_enabled: Any = _is_grad_enabled,
+        plain: Any = _PLAIN,
+    ) -> Any:
+        if (
+            is_compiling()
+            or type(x) not in plain
+            or not x.is_cpu
+            or state.requested is not None
+            or modes()
+            or forward_ad._current_level >= 0
+            or autocast()
+        ):
+            return None
+        if grad_enabled():
+            if x.requires_grad:
+                return None
+            for other in others:
+                if other is not None and (type(other) not in plain or other.requires_grad):
+                    return None
+        found = table.get(x.dtype)
+        if found is None:
+            found = table[x.dtype] = find(x.dtype)
+        return found or None
+
+    return raw
 
 
 def _functions(name: str, forward: Any, setup: Any, backward: Any) -> tuple[Any, Any]:

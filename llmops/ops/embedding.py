@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _check
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -47,6 +47,13 @@ def embedding(
     Numerics: the sum with a position is fp32, rounded once. The gradients are dense, added in fp32
     in the order of the tokens, so that they are the same bits for any number of threads.
     """
+    if backend is None and padding_idx is None and positions is None and position_weight is None:
+        raw = _embedding_raw(weight, tokens)
+        if raw is not None:
+            try:
+                return raw(tokens, weight)  # type: ignore[no-any-return]
+            except RuntimeError:
+                pass  # the checks below say what is wrong
     _check.integers("embedding", "tokens", tokens)
     _check_table("weight", weight, tokens)
     padding = _padding(padding_idx, weight.shape[0])
@@ -131,6 +138,8 @@ def _positions(
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_embedding_raw = shortcut("embedding")
 
 
 def _forward(

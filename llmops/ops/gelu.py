@@ -9,7 +9,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _check
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 
 def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) -> Tensor:
@@ -32,6 +32,9 @@ def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) ->
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
+    raw = _gelu_raw(x) if backend is None else None
+    if raw is not None and approximate in ("none", "tanh"):
+        return raw(x, approximate == "tanh")  # type: ignore[no-any-return]
     _check.floating("gelu", "x", x)
     check_approximate("gelu", approximate)
     name = resolve("gelu", x.device, x.dtype, (), backend)
@@ -46,6 +49,8 @@ def check_approximate(op: str, approximate: Any) -> None:
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_gelu_raw = shortcut("gelu")
 
 
 def _forward(x: Tensor, approximate: str, backend: str) -> Tensor:

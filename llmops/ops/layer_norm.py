@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _norm
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 
 def layer_norm(
@@ -49,6 +49,14 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
+    raw = _layer_norm_raw(x, weight, bias) if backend is None else None
+    # A weight's shape answers at half the price of x's; the raw operator compares the two.
+    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    if raw is not None and (last or _norm.is_last(x, normalized_shape)):
+        try:
+            return raw(x, weight, bias) if eps == 1e-5 else raw(x, weight, bias, eps)
+        except RuntimeError:
+            pass  # the checks below say what is wrong
     dims, dtype = _norm.check("layer_norm", x, normalized_shape, weight, bias)
     name = resolve("layer_norm", x.device, dtype, (), backend)
     if name == "reference":
@@ -84,6 +92,14 @@ def add_layer_norm(
     Raises, numerics: as `layer_norm`. Gradients of y and of h are taken together in one pass; x and
     the residual receive the same gradient.
     """
+    raw = _add_layer_norm_raw(x, residual, weight, bias) if backend is None else None
+    # A weight's shape answers at half the price of x's; the raw operator compares the two.
+    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    if raw is not None and (last or _norm.is_last(x, normalized_shape)):
+        try:
+            return raw(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+        except RuntimeError:
+            pass  # the checks below say what is wrong
     dims, dtype = _norm.check("add_layer_norm", x, normalized_shape, weight, bias)
     _norm.check_residual("add_layer_norm", x, residual)
     if residual.dtype == torch.float64:
@@ -96,6 +112,8 @@ def add_layer_norm(
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_layer_norm_raw, _add_layer_norm_raw = shortcut("layer_norm"), shortcut("add_layer_norm")
 
 
 def _forward(
@@ -201,7 +219,14 @@ def _forward_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if backend != "cpu":
         backend = resolve("layer_norm_bwd", h.device, h.dtype, (), backend)
-    compute = reference.layer_norm_bwd if backend == "reference" else get(backend).layer_norm_bwd
+    if backend == "reference":
+        return reference.layer_norm_bwd(
+            dy, h, dh, weight, bias, eps, dims, need_h, need_x, need_params
+        )
+    compute = get(backend).layer_norm_bwd
+    # The usual case is the raw operator's defaults: at decode sizes converting them shows.
+    if backend == "cpu" and dims == 1 and need_h and not need_x and need_params:
+        return compute(dy, h, dh, weight, bias, eps)
     return compute(dy, h, dh, weight, bias, eps, dims, need_h, need_x, need_params)
 
 

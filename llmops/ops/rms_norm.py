@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _norm
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 
 def rms_norm(
@@ -50,6 +50,14 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
+    raw = _rms_norm_raw(x, weight) if backend is None else None
+    # A weight's shape answers at half the price of x's; the raw operator compares the two.
+    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    if raw is not None and weight_offset == 0.0 and (last or _norm.is_last(x, normalized_shape)):
+        try:
+            return raw(x, weight, _EPS if eps is None else eps)
+        except RuntimeError:
+            pass  # the checks below say what is wrong
     dims, dtype = _norm.check("rms_norm", x, normalized_shape, weight)
     if eps is None:
         eps = reference.rms_norm_eps(x.dtype)
@@ -87,6 +95,14 @@ def add_rms_norm(
     Raises, numerics: as `rms_norm`. Gradients of y and of h are taken together in one pass; x and
     the residual receive the same gradient.
     """
+    raw = _add_rms_norm_raw(x, residual, weight) if backend is None else None
+    # A weight's shape answers at half the price of x's; the raw operator compares the two.
+    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    if raw is not None and weight_offset == 0.0 and (last or _norm.is_last(x, normalized_shape)):
+        try:
+            return raw(x, residual, weight, _EPS if eps is None else eps)  # type: ignore[no-any-return]
+        except RuntimeError:
+            pass  # the checks below say what is wrong
     dims, dtype = _norm.check("add_rms_norm", x, normalized_shape, weight)
     _norm.check_residual("add_rms_norm", x, residual)
     if residual.dtype == torch.float64:
@@ -103,6 +119,10 @@ def add_rms_norm(
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_rms_norm_raw, _add_rms_norm_raw = shortcut("rms_norm"), shortcut("add_rms_norm")
+# Of every dtype that has kernels.
+_EPS = reference.rms_norm_eps(torch.float32)
 
 
 def _forward(
@@ -202,7 +222,15 @@ def _forward_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if backend != "cpu":
         backend = resolve("rms_norm_bwd", h.device, h.dtype, (), backend)
-    compute = reference.rms_norm_bwd if backend == "reference" else get(backend).rms_norm_bwd
+    if backend == "reference":
+        return reference.rms_norm_bwd(
+            dy, h, dh, weight, eps, dims, weight_offset, need_h, need_x, need_weight
+        )
+    compute = get(backend).rms_norm_bwd
+    # The usual case is the raw operator's defaults: at decode sizes converting them shows.
+    usual = dims == 1 and weight_offset == 0.0 and need_h and not need_x and need_weight
+    if backend == "cpu" and usual:
+        return compute(dy, h, dh, weight, eps)
     return compute(dy, h, dh, weight, eps, dims, weight_offset, need_h, need_x, need_weight)
 
 

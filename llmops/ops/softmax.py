@@ -11,7 +11,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _check
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 
 def softmax(
@@ -52,6 +52,10 @@ def softmax(
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018 (the three
     sweeps are done on a cache-resident row here, which costs memory one read and one write).
     """
+    if backend is None and dim == -1 and mask is None and not causal and dtype is None:
+        raw = _softmax_raw(x)
+        if raw is not None:
+            return raw(x) if scale == 1.0 else raw(x, scale)  # type: ignore[no-any-return]
     last = _checked_dim(x, dim, mask, causal)
     out_dtype = x.dtype if dtype is None else dtype
     if out_dtype not in _check.FLOATS:
@@ -115,6 +119,8 @@ def _checked_dim(x: Tensor, dim: int, mask: Tensor | None, causal: bool) -> bool
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_softmax_raw = shortcut("softmax")
 
 
 def _forward(

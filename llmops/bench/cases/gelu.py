@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, passes_of, with_backward
 
 SHAPES = ((512, 3072), (128, 3072), (2048, 5632), (1, 3072), (1, 14336))
 
@@ -31,7 +31,7 @@ def cases(quick: bool) -> Iterator[Case]:
                 def eager(t: Tensor, form: str = form) -> Tensor:
                     return F.gelu(t, approximate=form)
 
-                for passes, factor in (("fwd", 2), ("bwd", 3)):
+                for passes, factor in passes_of(shape[0], 2, 3):
                     yield Case(
                         "gelu",
                         passes,

@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, passes_of, with_backward
 
 SHAPES = ((512, 768), (4, 512, 2048), (2048, 4096), (1, 1, 576), (8, 1, 4096))
 
 
-def _eager(x: Tensor, n: int, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, (n,), weight, bias)
+def _eager(x: Tensor, shape: tuple[int], weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias)
 
 
 def _eager_add(
-    x: Tensor, residual: Tensor, n: int, weight: Tensor, bias: Tensor
+    x: Tensor, residual: Tensor, shape: tuple[int], weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return F.layer_norm(h, (n,), weight, bias), h
+    return F.layer_norm(h, shape, weight, bias), h
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -39,8 +39,8 @@ def cases(quick: bool) -> Iterator[Case]:
             # The parameters' gradients are rounded to their dtype on both sides, from sums of
             # other order (on torch's side in 16 bits).
             tolerance = 1e-3 if dtype == torch.float32 else 0.2
-            for passes, factor in (("fwd", 2), ("bwd", 3)):
-                inputs = (x, n, weight, bias)
+            for passes, factor in passes_of(x.numel() // n, 2, 3):
+                inputs = (x, (n,), weight, bias)
                 yield Case(
                     "layer_norm",
                     passes,
@@ -51,8 +51,8 @@ def cases(quick: bool) -> Iterator[Case]:
                     bytes=factor * size,
                     tolerance=tolerance,
                 )
-            for passes, factor in (("fwd", 4), ("bwd", 4)):
-                both = (x, residual, n, weight, bias)
+            for passes, factor in passes_of(x.numel() // n, 4, 4):
+                both = (x, residual, (n,), weight, bias)
                 yield Case(
                     "add_layer_norm",
                     passes,

@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, passes_of, with_backward
 
 SHAPES = ((512, 768), (4, 512, 2048), (2048, 4096), (1, 1, 576), (8, 1, 4096))
 
 
-def _eager_add(x: Tensor, residual: Tensor, n: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _eager_add(
+    x: Tensor, residual: Tensor, shape: tuple[int], weight: Tensor
+) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return F.rms_norm(h, (n,), weight, 1e-6), h
+    return F.rms_norm(h, shape, weight, 1e-6), h
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -32,14 +34,14 @@ def cases(quick: bool) -> Iterator[Case]:
             size = x.numel() * x.element_size()
             # A weight's gradient is rounded to its dtype on both sides, from sums of other order.
             tolerance = 1e-3 if dtype == torch.float32 else 0.2
-            for passes, factor in (("fwd", 2), ("bwd", 3)):
+            for passes, factor in passes_of(x.numel() // n, 2, 3):
                 yield Case(
                     "rms_norm",
                     passes,
                     dtype,
                     name,
                     with_backward(
-                        passes, lambda t, w: llmops.rms_norm(t, t.shape[-1], w, 1e-6), (x, weight)
+                        passes, lambda t, w: llmops.rms_norm(t, t.shape[-1:], w, 1e-6), (x, weight)
                     ),
                     with_backward(
                         passes, lambda t, w: F.rms_norm(t, t.shape[-1:], w, 1e-6), (x, weight)
@@ -47,8 +49,8 @@ def cases(quick: bool) -> Iterator[Case]:
                     bytes=factor * size,
                     tolerance=tolerance,
                 )
-            for passes, factor in (("fwd", 4), ("bwd", 4)):
-                inputs = (x, residual, n, weight)
+            for passes, factor in passes_of(x.numel() // n, 4, 4):
+                inputs = (x, residual, (n,), weight)
                 yield Case(
                     "add_rms_norm",
                     passes,
@@ -56,7 +58,7 @@ def cases(quick: bool) -> Iterator[Case]:
                     name,
                     with_backward(
                         passes,
-                        lambda t, r, n, w: llmops.add_rms_norm(t, r, n, w, 1e-6),
+                        lambda t, r, shape, w: llmops.add_rms_norm(t, r, shape, w, 1e-6),
                         inputs,
                     ),
                     with_backward(passes, _eager_add, inputs),

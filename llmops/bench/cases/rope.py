@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, passes_of, with_backward
 
 # B, Hq, Hk, T, D
 SHAPES = (
@@ -42,7 +42,7 @@ def cases(quick: bool) -> Iterator[Case]:
             name = f"{b}x{hq}+{hk}x{t}x{d}"
             size = 2 * (q.numel() + k.numel()) * q.element_size()
             tolerance = None if dtype == torch.float32 else 0.03
-            for passes in ("fwd", "bwd"):
+            for passes, _ in passes_of(b * t, 1, 1):
                 leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
                 yield Case(
                     "rope_qk",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, passes_of, with_backward
 
 SHAPES = ((512, 1536), (128, 1536), (2048, 5632), (1, 1536), (1, 14336))
 
@@ -36,7 +36,7 @@ def cases(quick: bool) -> Iterator[Case]:
             size = gate.numel() * gate.element_size()
             # torch rounds silu(gate) to 16 bits before the product.
             tolerance = None if dtype == torch.float32 else 0.03
-            for passes, factor in (("fwd", 3), ("bwd", 5)):
+            for passes, factor in passes_of(shape[0], 3, 5):
                 yield Case(
                     "swiglu",
                     passes,
