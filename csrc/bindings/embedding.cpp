@@ -24,9 +24,18 @@ class DenseIds {
       data_ = copy_.get();
     }
   }
+  // 0 to T - 1 along the last dimension of `tokens`, which repeats for every row of it.
+  static DenseIds places(const Tensor& tokens) {
+    LLMOPS_CHECK(tokens.dim() > 0, kName, ": one token of no dimension needs positions");
+    const int64_t length = tokens.size(-1), count = tokens.numel();
+    DenseIds ids(count);
+    for (int64_t i = 0; i < count; ++i) ids.copy_[i] = i % length;
+    return ids;
+  }
   const int64_t* data() const { return data_; }
 
  private:
+  explicit DenseIds(int64_t count) : copy_(new int64_t[count]), data_(copy_.get()) {}
   std::unique_ptr<int64_t[]> copy_;
   const int64_t* data_;
 };
@@ -39,13 +48,14 @@ class DenseIds {
                      bad_token ? "weight has" : "position_weight has", "");
 }
 
-// tokens of any shape, weight [V, D]; positions of the same shape, position_weight [P, D].
+// tokens of any shape, weight [V, D]; positions of the same shape, or 0 to T - 1 along the last
+// dimension where only a position_weight [P, D] comes.
 Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
                      const std::optional<Tensor>& positions,
                      const std::optional<Tensor>& position_weight_in) {
   LLMOPS_CHECK(weight_in.dim() == 2, kName, ": weight must be [V, D]");
-  LLMOPS_CHECK(positions.has_value() == position_weight_in.has_value(), kName,
-               ": positions and position_weight go together");
+  LLMOPS_CHECK(!positions.has_value() || position_weight_in.has_value(), kName,
+               ": positions need a position_weight");
   const Tensor weight = last_dim_dense(weight_in);
   const cpu::DType type = kernel_dtype(weight.scalar_type(), kName);
   const int64_t dim = weight.size(1), count = tokens.numel();
@@ -54,14 +64,15 @@ Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
   cpu::EmbeddingTable position{};
   std::optional<DenseIds> position_ids;
   std::optional<Tensor> position_weight;
-  if (positions.has_value()) {
+  if (position_weight_in.has_value()) {
     position_weight.emplace(last_dim_dense(*position_weight_in));
     LLMOPS_CHECK(position_weight->dim() == 2 && position_weight->size(1) == dim &&
                      position_weight->scalar_type() == weight.scalar_type(),
                  kName, ": position_weight must be [P, D] with weight's D and dtype");
-    LLMOPS_CHECK(shape_of(*positions) == shape_of(tokens), kName,
+    LLMOPS_CHECK(!positions.has_value() || same_shape(*positions, tokens), kName,
                  ": positions must have the shape of tokens");
-    position_ids.emplace(*positions, "positions");
+    position_ids.emplace(positions.has_value() ? DenseIds(*positions, "positions")
+                                               : DenseIds::places(tokens));
     position = {position_ids->data(), position_weight->data_ptr(), position_weight->stride(0),
                 position_weight->size(0)};
   }

@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor
   const int64_t count = x_in.numel(), n = p.n;
   if (count == 0) return {y, h};
   const int64_t h_size = residual ? residual->size : 0;
-  p.stream = count * (x.size > h_size ? x.size : h_size) > kStreamFromBytes;
+  p.stream = count * (x.size + h_size) > kStreamFromBytes;
 
   const RowWalk walk({&x, residual ? &*residual : nullptr}, affine.dims, count / n, n);
   auto* y_data = static_cast<char*>(y.data_ptr());

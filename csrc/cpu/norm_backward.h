@@ -9,7 +9,8 @@
 
 namespace llmops::cpu::LLMOPS_ISA {
 
-constexpr int kRows = 4;
+// As many as leave their five constants in registers, of which AVX2 has half.
+constexpr int kRows = W == 16 ? 4 : 2;
 
 // What the second sweep needs of a row: z = d * rstd + z0, dh = g * rstd + d * slope + level.
 struct RowGrad {

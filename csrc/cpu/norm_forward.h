@@ -128,6 +128,11 @@ LLMOPS_INLINE float first_mean(const X* x, const R* residual, int64_t n) {
 template <bool kFull, bool kStream, class X, class R>
 LLMOPS_INLINE Vec gather_at(const X* x, const R* residual, Held<X, R>* h, float* scratch, int64_t i,
                             int left) {
+  if constexpr (kFull && !kStream && kAdds<R> && sizeof(R) == 2) {
+    const Vec v = store_rounded(h + i, load(x + i) + load(residual + i));
+    store(scratch + i, v);
+    return v;
+  }
   const Vec v = sum_at<kFull>(x, residual, i, left);
   if constexpr (kAdds<R>) {
     put<kFull, kStream>(h + i, v, left);

@@ -81,6 +81,17 @@ LLMOPS_INLINE void store_n(T* p, Vec a, int n) {
 LLMOPS_INLINE Vec round_as(Vec a, float) { return a; }
 LLMOPS_INLINE Vec round_as(Vec a, bf16) { return {widen_bf16(narrow_bf16(a.v))}; }
 LLMOPS_INLINE Vec round_as(Vec a, fp16) { return {_mm256_cvtph_ps(narrow_fp16(a.v))}; }
+// Stores a; what the memory now holds.
+LLMOPS_INLINE Vec store_rounded(bf16* p, Vec a) {
+  const __m128i narrow = narrow_bf16(a.v);
+  _mm_storeu_si128((__m128i*)p, narrow);
+  return {widen_bf16(narrow)};
+}
+LLMOPS_INLINE Vec store_rounded(fp16* p, Vec a) {
+  const __m128i narrow = narrow_fp16(a.v);
+  _mm_storeu_si128((__m128i*)p, narrow);
+  return {_mm256_cvtph_ps(narrow)};
+}
 
 LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }

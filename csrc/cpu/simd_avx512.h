@@ -80,6 +80,18 @@ LLMOPS_INLINE Vec round_as(Vec a, float) { return a; }
 LLMOPS_INLINE Vec round_as(Vec a, bf16) { return {widen_bf16(narrow_bf16(a.v))}; }
 LLMOPS_INLINE Vec round_as(Vec a, fp16) { return {_mm512_cvtph_ps(narrow_fp16(a.v))}; }
 
+// Stores a; what the memory now holds.
+LLMOPS_INLINE Vec store_rounded(bf16* p, Vec a) {
+  const __m256i narrow = narrow_bf16(a.v);
+  _mm256_storeu_si256((__m256i*)p, narrow);
+  return {widen_bf16(narrow)};
+}
+LLMOPS_INLINE Vec store_rounded(fp16* p, Vec a) {
+  const __m256i narrow = narrow_fp16(a.v);
+  _mm256_storeu_si256((__m256i*)p, narrow);
+  return {_mm512_cvtph_ps(narrow)};
+}
+
 LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

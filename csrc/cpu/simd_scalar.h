@@ -44,6 +44,13 @@ LLMOPS_INLINE Vec round_as(Vec a, T rounded) {
   return {to_float(rounded)};
 }
 
+// Stores a; what the memory now holds.
+template <class T>
+LLMOPS_INLINE Vec store_rounded(T* p, Vec a) {
+  from_float(a.v, p);
+  return {to_float(*p)};
+}
+
 LLMOPS_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 LLMOPS_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 LLMOPS_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

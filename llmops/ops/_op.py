@@ -134,7 +134,8 @@ def shortcut(op: str) -> Callable[..., Any]:
         x: Any,
         *others: Any,
         state: Any = dispatch.state,
-        is_compiling: Any = _is_compiling,
+        # Half the price of is_compiling; non-strict export shows as a mode.
+        is_compiling: Any = torch.compiler.is_dynamo_compiling,
         modes: Any = _dispatch_modes,
         forward_ad: Any = _forward_ad,
         autocast: Any = _autocast,

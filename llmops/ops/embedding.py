@@ -47,12 +47,14 @@ def embedding(
     Numerics: the sum with a position is fp32, rounded once. The gradients are dense, added in fp32
     in the order of the tokens, so that they are the same bits for any number of threads.
     """
-    if backend is None and padding_idx is None and positions is None and position_weight is None:
-        raw = _embedding_raw(weight, tokens)
+    if backend is None and padding_idx is None and positions is None:
+        raw = _embedding_raw(weight, tokens, position_weight)
         if raw is not None:
             try:
-                return raw(tokens, weight)  # type: ignore[no-any-return]
-            except RuntimeError:
+                if position_weight is None:
+                    return raw(tokens, weight)  # type: ignore[no-any-return]
+                return raw(tokens, weight, None, position_weight)  # type: ignore[no-any-return]
+            except (RuntimeError, IndexError):
                 pass  # the checks below say what is wrong
     _check.integers("embedding", "tokens", tokens)
     _check_table("weight", weight, tokens)
