@@ -1,5 +1,5 @@
 # make demo   environment, install, real text from a real model, tokens/s, a table of op speeds
-# make test   the whole test suite in the same environment
+# make test   the whole test suite in the same environment; make test-emulated: AVX-512 without it
 # make lint   ruff, mypy, clang-format        make bench  the benchmark suite
 # make ci     what continuous integration runs: lint, build, CUDA build, tests, packaging, README
 PYTHON ?= python3
@@ -7,9 +7,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Pinned: an unpinned torch brings several gigabytes of CUDA libraries to machines without a GPU.
 TORCH ?= torch==2.13.0
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
 
-.PHONY: demo test test-quick lint format bench ci cuda packaging clean
+.PHONY: demo test test-quick test-emulated lint format bench ci cuda packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -32,6 +32,16 @@ test: install
 test-quick: install
 	$(BIN)/python -m pytest -m "not slow"
 
+# The AVX-512 kernels without AVX-512: the same sources over tests/emulation/avx512.h, on AVX2.
+# CHECKS=avx512 runs every test that has an instruction set instead of the ones that matter most.
+CHECKS ?= matches_reference or gradients or cpu_
+test-emulated: install
+	@! grep -qw avx512_bf16 /proc/cpuinfo || \
+	echo "not needed here: this processor has AVX-512, and 'make test' runs those kernels on it"
+	LLMOPS_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-lib build/emulated
+	cd build/emulated && LLMOPS_EMULATE_AVX512=1 $(abspath $(BIN))/python -m pytest -q \
+	../../tests -k "avx512 and ($(CHECKS))"
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,7 +62,10 @@ cuda: install
 	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/llmops/_C.abi3.so'); \
 	print('CUDA kernels built and loaded:', torch.ops.llmops_cuda.softmax_fwd)"
 
-ci: lint cuda test
+# On x86-64 processors that cannot run all the CPU kernels themselves.
+EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
+	echo test-emulated)
+ci: lint cuda test $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

@@ -6,7 +6,8 @@ torch.utils.cpp_extension is not used: it knows no per-source flags, and switche
 torch at hand is a CPU build.
 
 Environment: LLMOPS_CUDA=0|1 forces CUDA off or on, LLMOPS_CUDA_ARCHS="80;90a" narrows the targets,
-LLMOPS_BUILD=0 builds no extension at all (reference only), MAX_JOBS limits parallel compilers.
+LLMOPS_BUILD=0 builds no extension at all (reference only), MAX_JOBS limits parallel compilers,
+LLMOPS_EMULATE_AVX512=1 is for `make test-emulated`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ ISA_FLAGS = {
 }
 if not IS_X86:
     ISA_FLAGS = {"scalar": "-DLLMOPS_SCALAR_ONLY"}
+# For tests on processors without AVX-512: its two copies, from the same sources, on AVX2; -O1
+# halves the time it takes to compile.
+EMULATED = os.environ.get("LLMOPS_EMULATE_AVX512", "0") == "1"
+if EMULATED:
+    emulation = f"{ISA_FLAGS['avx2']} -O1 -include {ROOT}/tests/emulation/avx512.h -D__AVX512F__"
+    ISA_FLAGS["avx512"] = emulation
+    ISA_FLAGS["avx512_bf16"] = f"{emulation} -D__AVX512BF16__"
 COMMON = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno"
 # Kernels return, they do not throw, and own no static state that needs a guard. The last flag:
 # GCC 12 warns of uninitialized values inside its own AVX-512 headers.
@@ -138,6 +146,11 @@ class NinjaFile:
 
 class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
     def build_extension(self, ext: Extension) -> None:
+        if EMULATED and (self.distribution.commands != ["build"] or not IS_X86):
+            raise SystemExit(
+                "llmops: LLMOPS_EMULATE_AVX512=1 is for `make test-emulated` on x86-64; what it "
+                "builds is slow and is not to be installed. Unset it."
+            )
         torch = torch_root()
         # Always the same folder, not setuptools' build_temp, which is a new one for each editable
         # install: whoever builds this tree again compiles only what changed.
@@ -145,9 +158,10 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
         objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = cuda_wanted(torch)
-        # Two build files over the same objects: a CUDA build and a CPU build share the kernels.
-        build_file = objects / ("build.cuda.ninja" if nvcc else "build.ninja")
+        nvcc = None if EMULATED else cuda_wanted(torch)
+        # Build files over the same objects: what the builds have in common is compiled once.
+        kind = ".emulated" if EMULATED else (".cuda" if nvcc else "")
+        build_file = objects / f"build{kind}.ninja"
         text = self.ninja_text(torch, nvcc, objects, output)
         if not build_file.exists() or build_file.read_text() != text:
             build_file.write_text(text)
@@ -181,12 +195,14 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
         file.rule("link", f"{cxx} -shared $in $flags -o $out", depfile=False)
         python_include = f"-I{quote(sysconfig.get_paths()['include'])}"
         file.compile("cxx", csrc / "module.cpp", objects / "module.o", python_include)
-        file.compile("cxx", csrc / "cpu" / "isa.cpp", objects / "isa.o", self.isa_define())
+        emulated = ".emulated" if EMULATED else ""
+        define = f"{self.isa_define()} {'-DLLMOPS_EMULATED' if EMULATED else ''}"
+        file.compile("cxx", csrc / "cpu" / "isa.cpp", objects / f"isa{emulated}.o", define)
         for source in sorted((csrc / "cpu").glob("*.cpp")):
             if source.name == "isa.cpp":
                 continue
             for isa, flags in ISA_FLAGS.items():
-                obj = objects / f"{source.stem}.{isa}.o"
+                obj = objects / f"{source.stem}.{isa}{emulated if 'avx512' in isa else ''}.o"
                 file.compile("cxx", source, obj, f"-DLLMOPS_ISA={isa} {KERNEL} {flags}")
         cuda_define, kind = ("-DLLMOPS_WITH_CUDA", "binding.cuda") if nvcc else ("", "binding")
         for source in sorted((csrc / "bindings").glob("*.cpp")):

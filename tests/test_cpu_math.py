@@ -4,18 +4,13 @@ maximum errors that simd_math.h states. Compiled here into small libraries and c
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from simd_kit import ISAS, compile_simd
 
-from llmops.testing import targets
-
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = """
 #include "simd.h"
 using namespace llmops::cpu;
@@ -36,30 +31,13 @@ MAP(exp2) MAP(exp) MAP(sigmoid)
     store_n(y + i, load_n(x + i, n - i), n - i); }
 CONVERT(bf16) CONVERT(fp16)
 """
-ISAS = [t.isa for t in targets() if t.isa]
-
-
-def isa_flags(isa: str) -> list[str]:
-    """The flags that the build uses for this instruction set."""
-    text = (ROOT / "setup.py").read_text()
-    scope: dict[str, object] = {}
-    begin = text.index("ISA_FLAGS = {")
-    exec(text[begin : text.index("}\n", begin) + 2], scope)
-    return str(scope["ISA_FLAGS"][isa]).split()  # type: ignore[index]
 
 
 @pytest.fixture(scope="module", params=ISAS)
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("simd")
-    (folder / "simd_test.cpp").write_text(SOURCE)
-    output = folder / f"simd_{request.param}.so"
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-shared", "-fPIC", "-w"]
-    command += [f"-I{ROOT / 'csrc/cpu'}", f"-DLLMOPS_ISA={request.param}"]
-    command += [*isa_flags(request.param), str(folder / "simd_test.cpp"), "-o", str(output)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(output))
+    return compile_simd(SOURCE, request.param, tmp_path_factory.mktemp("simd"))
 
 
 def apply(function: object, x: np.ndarray, out_type: type) -> np.ndarray:

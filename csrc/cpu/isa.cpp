@@ -10,6 +10,9 @@ Isa best_isa() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+#ifdef LLMOPS_EMULATED  // the AVX-512 kernels of this build run on AVX2 (setup.py)
+  if (avx2) return Isa::avx512_bf16;
+#endif
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
