@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
 
-.PHONY: demo test test-quick test-emulated lint format bench ci cuda packaging clean
+.PHONY: demo test test-quick test-emulated test-oldest lint format bench ci cuda packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -41,6 +41,16 @@ test-emulated: install
 	LLMOPS_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-lib build/emulated
 	cd build/emulated && LLMOPS_EMULATE_AVX512=1 $(abspath $(BIN))/python -m pytest -q \
 	../../tests -k "avx512 and ($(CHECKS))"
+
+# The wheel beside the oldest torch it is for, whose build on PyPI brings 2 GB of CUDA libraries.
+OLDEST := torch==2.11.0
+test-oldest: install
+	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/oldest .
+	build/oldest/bin/python -m pip install -q "$(OLDEST)" pytest numpy expecttest hypothesis \
+	build/oldest/*.whl
+	cd build/oldest && bin/python -m llmops info && bin/python -m pytest -q ../../tests \
+	-k "avx2 or opcheck or compiles or func_grad or double_backward"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
