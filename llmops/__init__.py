@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
 from llmops.ops.attention import attention
+from llmops.ops.cross_entropy import cross_entropy
 from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
@@ -33,6 +34,7 @@ OPERATORS = (
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "cross_entropy",
     "embedding",
     "geglu",
     "gelu",
@@ -62,6 +64,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backends",
+    "cross_entropy",
     "embedding",
     "explain",
     "geglu",

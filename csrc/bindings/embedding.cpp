@@ -10,36 +10,6 @@ namespace {
 
 constexpr const char* kName = "llmops.embedding";
 
-// Ids as a dense int64 array: their own memory where it is that, else a copy.
-class DenseIds {
- public:
-  explicit DenseIds(const Tensor& ids, const char* argument) {
-    const bool wide = ids.scalar_type() == ScalarType::Long;
-    LLMOPS_CHECK(wide || ids.scalar_type() == ScalarType::Int, kName, ": ", argument,
-                 " must be int64 or int32, got ", dtype_name(ids.scalar_type()));
-    if (wide && ids.is_contiguous()) {
-      data_ = static_cast<const int64_t*>(ids.data_ptr());
-    } else {
-      copy_ = copy_ids(ids);
-      data_ = copy_.get();
-    }
-  }
-  // 0 to T - 1 along the last dimension of `tokens`, which repeats for every row of it.
-  static DenseIds places(const Tensor& tokens) {
-    LLMOPS_CHECK(tokens.dim() > 0, kName, ": one token of no dimension needs positions");
-    const int64_t length = tokens.size(-1), count = tokens.numel();
-    DenseIds ids(count);
-    for (int64_t i = 0; i < count; ++i) ids.copy_[i] = i % length;
-    return ids;
-  }
-  const int64_t* data() const { return data_; }
-
- private:
-  explicit DenseIds(int64_t count) : copy_(new int64_t[count]), data_(copy_.get()) {}
-  std::unique_ptr<int64_t[]> copy_;
-  const int64_t* data_;
-};
-
 [[noreturn]] void fail(const cpu::EmbeddingTable& token, const cpu::EmbeddingTable& position,
                        int64_t at) {
   const bool bad_token = token.ids[at] < 0 || token.ids[at] >= token.rows;
@@ -59,7 +29,7 @@ Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
   const Tensor weight = last_dim_dense(weight_in);
   const cpu::DType type = kernel_dtype(weight.scalar_type(), kName);
   const int64_t dim = weight.size(1), count = tokens.numel();
-  const DenseIds ids(tokens, "tokens");
+  const DenseIds ids(tokens, kName, "tokens");
   const cpu::EmbeddingTable token{ids.data(), weight.data_ptr(), weight.stride(0), weight.size(0)};
   cpu::EmbeddingTable position{};
   std::optional<DenseIds> position_ids;
@@ -71,8 +41,8 @@ Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
                  kName, ": position_weight must be [P, D] with weight's D and dtype");
     LLMOPS_CHECK(!positions.has_value() || same_shape(*positions, tokens), kName,
                  ": positions must have the shape of tokens");
-    position_ids.emplace(positions.has_value() ? DenseIds(*positions, "positions")
-                                               : DenseIds::places(tokens));
+    position_ids.emplace(positions.has_value() ? DenseIds(*positions, kName, "positions")
+                                               : DenseIds::places(tokens, kName));
     position = {position_ids->data(), position_weight->data_ptr(), position_weight->stride(0),
                 position_weight->size(0)};
   }

@@ -40,6 +40,39 @@ inline std::unique_ptr<int64_t[]> copy_ids(const Tensor& ids) {
   return copy;
 }
 
+// Ids as a dense int64 array: their own memory where it is that, else a copy. Not checked: the
+// memory may be another thread's to change, so a kernel reads each id once and checks what it read.
+class DenseIds {
+ public:
+  DenseIds(const Tensor& ids, const char* where, const char* argument) : count_(ids.numel()) {
+    const bool wide = ids.scalar_type() == ScalarType::Long;
+    LLMOPS_CHECK(wide || ids.scalar_type() == ScalarType::Int, where, ": ", argument,
+                 " must be int64 or int32, got ", dtype_name(ids.scalar_type()));
+    if (wide && ids.is_contiguous()) {
+      data_ = static_cast<const int64_t*>(ids.data_ptr());
+    } else {
+      copy_ = copy_ids(ids);
+      data_ = copy_.get();
+    }
+  }
+  // 0 to T - 1 along the last dimension of `tokens`, which repeats for every row of it.
+  static DenseIds places(const Tensor& tokens, const char* where) {
+    LLMOPS_CHECK(tokens.dim() > 0, where, ": one token of no dimension needs positions");
+    const int64_t length = tokens.size(-1), count = tokens.numel();
+    DenseIds ids(count);
+    for (int64_t i = 0; i < count; ++i) ids.copy_[i] = i % length;
+    return ids;
+  }
+  const int64_t* data() const { return data_; }
+  int64_t count() const { return count_; }
+
+ private:
+  explicit DenseIds(int64_t count) : copy_(new int64_t[count]), data_(copy_.get()), count_(count) {}
+  std::unique_ptr<int64_t[]> copy_;
+  const int64_t* data_;
+  int64_t count_;
+};
+
 // The values of an int64 or int32 tensor as a dense int64 array, each in [0, limit). Read and
 // checked once: a value that another thread changes later cannot lead a kernel out of the table.
 class CheckedIds {

@@ -17,6 +17,7 @@ PASSES = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
     "attention": "forward, backward",
+    "cross_entropy": "forward, backward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
@@ -33,7 +34,10 @@ PASSES = {
 }
 
 # Arguments of an op that have no kernel yet, as its front door names them in Call.features.
-_MISSING = {"attention": ("window", "alibi_slopes", "softcap", "sinks")}
+_MISSING = {
+    "attention": ("window", "alibi_slopes", "softcap", "sinks"),
+    "cross_entropy": ("probability targets",),
+}
 
 
 def available() -> str | None:
@@ -88,6 +92,9 @@ if _extension.REASON is None:
     geglu = _raw.geglu.default
     glu_bwd = _raw.glu_bwd.default
     glu_bwd_fused = _raw.glu_bwd_fused.default
+    cross_entropy = _raw.cross_entropy_fwd.default
+    cross_entropy_bwd = _raw.cross_entropy_bwd.default
+    cross_entropy_bwd_ = _raw.cross_entropy_bwd_.default
     embedding = _raw.embedding.default
     embedding_bwd = _raw.embedding_bwd.default
     sample = _raw.sample.default
