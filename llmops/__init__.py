@@ -15,6 +15,7 @@ from llmops.ops.cross_entropy import cross_entropy
 from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
+from llmops.ops.linear_cross_entropy import linear_cross_entropy
 from llmops.ops.merge_attention import merge_attention
 from llmops.ops.rms_norm import add_rms_norm, rms_norm
 from llmops.ops.rope import rope, rope_qk, rope_qk_
@@ -39,6 +40,7 @@ OPERATORS = (
     "geglu",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
     "rope",
@@ -71,6 +73,7 @@ __all__ = [
     "gelu",
     "info",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
     "rope",

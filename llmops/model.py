@@ -287,6 +287,13 @@ class GPT(nn.Module):
         """Logits [B, T, V] for token ids [B, T]. With a cache, ids continue what it holds and are
         added to it. last_only gives the last token's logits, [B, 1, V]: all that generation needs.
         """
+        return F.linear(self._hidden(ids, cache, last_only), self._head_weight())
+
+    def _head_weight(self) -> Tensor:  # [V, C]
+        return self.tokens if self.head is None else self.head.weight
+
+    def _hidden(self, ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """What the head reads, [B, T, C]."""
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"GPT: ids must be [B, T] integers, got {tuple(ids.shape)} {ids.dtype}; "
@@ -300,7 +307,7 @@ class GPT(nn.Module):
         if last_only:
             x, residual = x[:, -1:], None if residual is None else residual[:, -1:]
         h, _ = self.norm(x, residual)
-        return F.linear(h, self.tokens if self.head is None else self.head.weight)
+        return h
 
     def _extend(self, cache: KVCache, n: int) -> list[LayerCache]:
         if torch.is_grad_enabled():
@@ -336,9 +343,15 @@ class GPT(nn.Module):
         return x, at
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of targets [B, T], the token after each of ids [B, T]; targets
-        of -100 do not count."""
-        return F.cross_entropy(self(ids).flatten(0, 1).float(), targets.flatten())
+        """Mean cross-entropy in nats, fp32, of targets [B, T], the token after each of ids [B, T];
+        targets of -100 do not count. The logits [B, T, V] never exist at once."""
+        return llmops.linear_cross_entropy(
+            self._hidden(ids).flatten(0, 1),
+            self._head_weight(),
+            targets.flatten(),
+            dtype=torch.float32,
+            backend=self.config.backend,
+        )
 
     def generate(
         self,

@@ -96,6 +96,34 @@ class Embedding(torch.nn.Embedding):
         )
 
 
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss on `llmops.cross_entropy`.
+
+    Args:
+        z_loss: as in `llmops.cross_entropy`.
+        backend: as there. Others as in torch.nn.CrossEntropyLoss; the state dict is the same.
+    """
+
+    def __init__(
+        self, *args: Any, z_loss: float = 0.0, backend: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.z_loss = z_loss
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return llmops.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
 class SwiGLU(torch.nn.Module):
     """y = silu(gate) up, without parameters: between the two projections of a gated MLP.
 

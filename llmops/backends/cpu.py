@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmops.backends import _extension
+from llmops.backends import _extension, _linear_cross_entropy
 
 if TYPE_CHECKING:
     from llmops.dispatch import Call
@@ -22,6 +22,7 @@ PASSES = {
     "geglu": "forward, backward",
     "gelu": "forward, backward",
     "layer_norm": "forward, backward",
+    "linear_cross_entropy": "forward, backward",
     "merge_attention": "forward, backward",
     "rms_norm": "forward, backward",
     "rope": "forward, backward",
@@ -37,6 +38,7 @@ PASSES = {
 _MISSING = {
     "attention": ("window", "alibi_slopes", "softcap", "sinks"),
     "cross_entropy": ("probability targets",),
+    "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
 
 
@@ -98,3 +100,6 @@ if _extension.REASON is None:
     embedding = _raw.embedding.default
     embedding_bwd = _raw.embedding_bwd.default
     sample = _raw.sample.default
+
+    def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
+        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, *args)

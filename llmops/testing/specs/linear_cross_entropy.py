@@ -1,0 +1,90 @@
+"""Samples of linear_cross_entropy that reach every branch of its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llmops
+from llmops import reference
+from llmops.testing._core import Make, OpSpec, Sample
+
+
+def samples(make: Make) -> Iterator[Sample]:
+    target = make.ints(200, high=70)
+    # 200 rows are four chunks. fp16 holds logits of a few tens to 2^-6 only: keep them small.
+    yield Sample("200x24-of-70", (make(200, 24, scale=0.3), make(70, 24), target))
+    some = target.masked_fill(~make.bools(200, keep=0.6), -100)
+    everything = {
+        "linear_bias": make(70),
+        "weight": make(70, grad=False).abs(),
+        "label_smoothing": 0.2,
+    }
+    few = (make(200, 24, scale=0.3), make(70, 24), some)
+    yield Sample("ignored-all-200x24", few, everything)
+    none = {**everything, "linear_bias": make(70), "reduction": "none"}
+    yield Sample("none-200x24", (make(200, 24, scale=0.3), make(70, 24), some), none)
+    yield Sample(
+        "sum-9x16", (make(9, 16), make(33, 16), make.ints(9, high=33)), {"reduction": "sum"}
+    )
+    fixed = (make(9, 16), make(33, 16, grad=False), make.ints(9, high=33))
+    yield Sample("fixed-weight", fixed, {"linear_bias": make(33)})
+    yield Sample("fixed-input", (make(9, 16, grad=False), make(33, 16), make.ints(9, high=33)))
+    yield Sample("one-16", (make(16), make(33, 16), make.ints(high=33)))
+    yield Sample("one-none-16", (make(16), make(33, 16), make.ints(high=33)), {"reduction": "none"})
+    ids32 = make.ints(5, high=9, dtype=torch.int32)
+    yield Sample("int32-ignore-3", (make(5, 8), make(9, 8), ids32), {"ignore_index": 3})
+    nothing = torch.full((3,), -100)
+    yield Sample("all-ignored", (make(3, 8), make(9, 8), nothing), {"linear_bias": make(9)})
+    yield Sample("empty-0x8", (make(0, 8), make(9, 8), make.ints(0, high=9)), {"reduction": "sum"})
+    wide = (make(4, 8), make(9, 8), make.ints(4, high=9))
+    yield Sample("dtype-4x8", wide, {"dtype": torch.float32})
+
+
+def torch_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """PyTorch's way with all logits, in input's dtype (2.11 has no linear_cross_entropy)."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    return F.cross_entropy(
+        logits if dtype is None else logits.to(dtype),
+        target.long(),
+        None if weight is None else weight.to(dtype or input.dtype),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
+    target = torch.tensor([1, -100, 7, 0])
+    given = (make(4, 6), make(8, 6), target, make(8), make(8, grad=False).abs())
+    made = (make(4, 6, grad=False), make(8, 6, grad=False), make(8, grad=False))
+    flags, how = (True, True, True), (-100, 0.1, "mean")
+    return {
+        "linear_cross_entropy": (*given, *how, torch.float32, *flags, "cpu"),
+        "linear_cross_entropy_bwd": (make(), *given, *made, *how, *flags, "cpu"),
+    }
+
+
+SPEC = OpSpec(
+    name="linear_cross_entropy",
+    fn=llmops.linear_cross_entropy,
+    reference=reference.linear_cross_entropy,
+    torch_fn=torch_linear_cross_entropy,
+    samples=samples,
+    schemas=schemas,
+)
