@@ -623,8 +623,8 @@ def cross_entropy_fwd(
     reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Class indices target [...] for logits x [..., C]: the loss, and the rows' log-sum-exp in fp64, 0
-    where the target is ignored. Ignored rows are not read."""
+    """Class indices target [...] for logits x [..., C]: the loss, and the rows' log-sum-exp in
+    fp64, 0 where the target is ignored. Ignored rows are not read."""
     ignored = target == ignore_index
     x = _wide(x).masked_fill(ignored[..., None], 0.0)
     classes = x.shape[-1]
@@ -731,8 +731,8 @@ def linear_cross_entropy_bwd(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by torch.func.vjp; dinput, dweight and dbias, which a kernel may have made in its
-    forward, are not looked at. What is not wanted is empty."""
+    """The gradients by torch.func.vjp; dinput, dweight and dbias, which a kernel may have made in
+    its forward, are not looked at. What is not wanted is empty."""
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return linear_cross_entropy(

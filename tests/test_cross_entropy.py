@@ -95,7 +95,7 @@ def test_cross_entropy_reference_is_torch(target: Target, data: st.DataObject) -
 @pytest.mark.parametrize("classes", [16384, 16387])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cross_entropy_backward_past_the_caches(classes: int, dtype: torch.dtype) -> None:
-    """Over 32 MiB the gradient is written by non-temporal stores, from wherever a row is aligned on."""
+    """Over 32 MiB the gradient is written by non-temporal stores, wherever rows begin."""
     rows = (33 << 20) // classes // dtype.itemsize + 1
     x, ids = torch.randn(rows, classes).to(dtype), torch.randint(classes, (rows,))
     kwargs: dict[str, Any] = {"label_smoothing": 0.1, "weight": torch.rand(classes).to(dtype)}
@@ -216,8 +216,8 @@ def test_cross_entropy_probability_targets() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_cross_entropy_peak_memory(transposed: bool) -> None:
-    """Forward: nothing of the logits' size. Backward: the gradient alone. For [B, T, V] logits seen as
-    [B, V, T], too."""
+    """Forward: nothing of the logits' size. Backward: the gradient alone. Also for [B, T, V] logits
+    seen as [B, V, T]."""
     x = torch.randn(2, 256, 50257)
     ids = torch.randint(50257, (2, 256))
     size = x.numel() * 4

@@ -1,7 +1,7 @@
 """linear_cross_entropy for any backend that has cross_entropy: logits a few rows at a time.
 
-The matrix products are torch's own; the loss and its gradient are the backend's kernels, the gradient
-in place over the logits it came from.
+The matrix products are torch's own; the loss and its gradient are the backend's kernels, the
+gradient in place over the logits it came from.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def sums(
     row_grad: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> Sums:
-    """input [N, D], linear_weight [V, D], target [N], linear_bias [V], weight fp32 [V], row_grad fp32
-    [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias."""
+    """input [N, D], linear_weight [V, D], target [N], linear_bias [V], weight fp32 [V]; row_grad
+    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias."""
     counted = target != ignore_index
     if not bool(counted.all()):
         return _without_ignored(

@@ -64,13 +64,13 @@ def cross_entropy(
         NotImplementedError: a named backend cannot serve the call, or weight requires a gradient.
 
     Numerics: fp32 per vector, fp64 across a row and in the reduction, which one thread does in the
-    order of the rows: the same bits for any number of threads. Rounded once. The forward keeps logits,
-    target and one number per row (lse; fp64, because softmax - 1 must not lose what fp32 would drop
-    of it); the backward writes the gradient and nothing else of its size. Under autocast the loss is
-    fp32, as torch's.
+    order of the rows: the same bits for any number of threads. Rounded once. The forward keeps
+    logits, target and one number per row (lse; in fp64, since half an fp32 ulp of it would be an
+    error of 1e-6 in every softmax - target); the backward writes the gradient and nothing else of
+    its size. Under autocast the loss is fp32, as torch's.
 
-    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Szegedy et al.
-    2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Szegedy et
+    al., 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
     """
     if isinstance(input, Tensor) and input.dim() == 1 and isinstance(target, Tensor):
         if target.shape == (1,) != input.shape:  # torch takes one target in a list, too
@@ -170,13 +170,15 @@ def check_numbers(op: str, label_smoothing: float, reduction: str) -> None:
         )
 
 
-def check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError where an index has no class: for the reference. The kernels check by themselves."""
+def check_range(
+    op: str, target: Tensor, classes: int, ignore_index: int, what: str = "input"
+) -> None:
+    """IndexError where an index has no class: for the reference. Kernels check by themselves."""
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(outside.any()):
         valid = f" (0 to {classes - 1})" if classes else ""
         raise IndexError(
-            f"llmops.{op}: target holds {int(target[outside][0])}, but input has {classes} classes"
+            f"llmops.{op}: target holds {int(target[outside][0])}, but {what} has {classes} classes"
             f"{valid}; ignore_index is {ignore_index}"
         )
 

@@ -36,17 +36,17 @@ def linear_cross_entropy(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """cross_entropy(input @ linear_weight.T + linear_bias, target), as torch's linear_cross_entropy.
+    """cross_entropy(input @ linear_weight.T + linear_bias, target), as torch.nn.functional's.
 
     The logits [N, V] are made and used a chunk of rows at a time (at most about 64 MiB, at most an
     eighth of the rows where that leaves 64 or more): that chunk is all of them that ever exists.
 
     "mean" and "sum" compute the gradients in the forward pass, while a chunk's logits are there:
     three matrix products in all, as in a step that keeps its logits, where computing the logits
-    again in the backward would make it four. That holds the gradients (linear_weight's in fp32) from
-    forward to backward, and the backward only scales them by the incoming gradient. Which gradients
-    are computed follows from what requires one: a call under no_grad computes none. With "none",
-    where each row has an incoming gradient of its own, the backward makes the logits again.
+    again in the backward would make it four. That holds the gradients (linear_weight's in fp32)
+    from forward to backward, and the backward only scales them by the incoming gradient. Which
+    gradients are computed follows from what requires one: a call under no_grad computes none. With
+    "none", where each row has an incoming gradient of its own, the backward makes the logits again.
     torch's `options`, which choose among such strategies, have no counterpart here.
 
     Args:
@@ -73,9 +73,9 @@ def linear_cross_entropy(
         NotImplementedError: a named backend cannot serve the call, or weight requires a gradient.
 
     Numerics: logits are rounded to input's dtype, as a matrix product does; the loss as in
-    `llmops.cross_entropy`. The gradients of linear_weight and linear_bias are added up in fp32 and
-    rounded once; a division by the mean's count and a loss scale enter after that, so that fp16 does
-    not underflow.
+    `llmops.cross_entropy`. The gradients of linear_weight and linear_bias are added up in fp32 over
+    the chunks; the mean's division and a loss scale enter after that, with one rounding, so that
+    fp16 does not underflow.
 
     Source: Hsu et al., "Liger Kernel", 2024; Wijmans et al., "Cut Your Losses in Large-Vocabulary
     Language Models", 2024.
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     name = resolve("linear_cross_entropy", input.device, widest, features, backend)
     if name == "reference":
         if "probability targets" not in features and not _is_compiling():
-            check_range("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
+            _check_range(target, linear_weight, ignore_index)
         return reference.linear_cross_entropy(
             input,
             linear_weight,
@@ -149,8 +149,8 @@ def _check_arguments(
         )
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
         raise ValueError(
-            f"llmops.{op}: linear_weight must be [V, {input.shape[-1]}], as input's last dimension; "
-            f"got shape {tuple(linear_weight.shape)}"
+            f"llmops.{op}: linear_weight must be [V, {input.shape[-1]}], as input's last dimension "
+            f"is; got shape {tuple(linear_weight.shape)}"
         )
     classes, *several = linear_weight.shape[:-1]
     if several and input.dim() == 1:
@@ -163,8 +163,8 @@ def _check_arguments(
         _check.floating(op, "linear_bias", linear_bias)
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(
-                f"llmops.{op}: linear_bias must be {list(linear_weight.shape[:-1])}, linear_weight's "
-                f"shape without D; got shape {tuple(linear_bias.shape)}"
+                f"llmops.{op}: linear_bias must be {list(linear_weight.shape[:-1])}, as "
+                f"linear_weight is without D; got shape {tuple(linear_bias.shape)}"
             )
         others.append(("linear_bias", linear_bias))
     for name, other in others:
@@ -179,6 +179,11 @@ def _check_arguments(
     if check_target(op, target, rows, logits, classes, input, weight, ignore_index):
         return ("probability targets",)
     return ("multi-dimensional linear_weight",) if several else ()
+
+
+def _check_range(target: Tensor, linear_weight: Tensor, ignore_index: int) -> None:
+    classes = linear_weight.shape[0]
+    check_range("linear_cross_entropy", target, classes, ignore_index, "linear_weight")
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ def _divisor(
 
 
 def _ordered_sum(values: Tensor) -> Tensor:
-    """In fp64 and in order: the same bits for any number of threads, which sum() does not promise."""
+    """In fp64 and in order: the same bits for any number of threads; sum() does not promise it."""
     return torch.cat((values.new_zeros(1), values)).double().cumsum(0)[-1]
 
 
@@ -232,7 +237,7 @@ def _forward(
             dtype=dtype,
         )  # fmt: skip
         return loss, _empty(input), _empty(input), _empty(input)
-    check_range("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
+    _check_range(target, linear_weight, ignore_index)
     wanted = (want_input, want_weight, want_bias)
     found = _sums(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, None,
@@ -243,8 +248,8 @@ def _forward(
     else:
         divisor, _ = _divisor(target, weight, ignore_index, reduction)
         loss = (_ordered_sum(found.losses) / divisor).to(dtype)
-    gradients = (_empty(input) if g is None else g for g in found[1:])
-    return loss, *gradients
+    dinput, dweight, dbias = (_empty(input) if g is None else g for g in found[1:])
+    return loss, dinput, dweight, dbias
 
 
 def _fake(

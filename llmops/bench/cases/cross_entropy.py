@@ -1,7 +1,7 @@
 """cross_entropy at the vocabularies of GPT-2, SmolLM2, Llama 3 and Gemma.
 
-Bytes: the logits read once (forward); read once and the gradient written once (backward); fwd+bwd is
-their sum. Targets and per-row numbers do not count.
+Bytes: the logits read once (forward); read once and the gradient written once (backward); fwd+bwd
+is their sum. Targets and per-row numbers do not count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def cases(quick: bool) -> Iterator[Case]:
         for rows, classes in SHAPES[1:2] if quick else SHAPES:
             x = torch.randn(rows, classes).mul_(3).to(dtype).requires_grad_()
             target = torch.randint(classes, (rows,))
-            # PyTorch adds a row's exponentials in fp32, V/8 after one another in each lane (ours: per
-            # run of 4096, then fp64), so that its own error grows with V.
+            # PyTorch adds a row's exponentials in fp32, V/8 after one another in each lane (ours
+            # per run of 4096, then in fp64), so that its own error grows with V.
             drift = classes / 8 * torch.finfo(torch.float32).eps / 2
             for passes, factor in FACTORS.items():
                 yield Case(

@@ -1,0 +1,44 @@
+"""linear_cross_entropy at the last layers of GPT-2, SmolLM2, Llama 3 (1B) and Gemma (2B).
+
+Flops: the logits' matrix product, 2 N D V (forward); with the two of the gradients 6 N D V
+(fwd+bwd). PyTorch's side holds all logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llmops
+from llmops.bench.harness import Case, with_backward
+
+# rows, width, vocabulary
+SHAPES = ((512, 768, 50257), (512, 576, 49152), (128, 2048, 128256), (32, 2304, 256000))
+
+
+def _eager(input: Tensor, linear_weight: Tensor, target: Tensor) -> Any:
+    return F.cross_entropy(F.linear(input, linear_weight), target)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, width, classes in SHAPES[1:2] if quick else SHAPES:
+            x = torch.randn(rows, width).to(dtype).requires_grad_()
+            weight = torch.randn(classes, width).mul_(width**-0.5).to(dtype).requires_grad_()
+            inputs = (x, weight, torch.randint(classes, (rows,)))
+            for passes, factor in (("fwd", 2), ("fwd+bwd", 6)):
+                yield Case(
+                    "linear_cross_entropy",
+                    passes,
+                    dtype,
+                    f"{rows}x{width} of {classes}",
+                    with_backward(passes, llmops.linear_cross_entropy, inputs),
+                    with_backward(passes, _eager, inputs),
+                    flops=factor * rows * width * classes,
+                    # As cross_entropy's; and 16-bit logits' gradients are rounded on both sides.
+                    tolerance=40 * torch.finfo(dtype).eps + classes / 16 * 2**-23,
+                )
