@@ -38,8 +38,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target), as torch.nn.functional's.
 
-    The logits [N, V] are made and used a chunk of rows at a time (at most about 64 MiB, at most an
-    eighth of the rows where that leaves 64 or more): that chunk is all of them that ever exists.
+    The logits [N, V] are made and used a chunk of rows at a time (at most 64 MiB, and at most a
+    quarter of the rows where that leaves 128 or more): that chunk is all of them that ever exists.
 
     "mean" and "sum" compute the gradients in the forward pass, while a chunk's logits are there:
     three matrix products in all, as in a step that keeps its logits, where computing the logits

@@ -16,7 +16,7 @@ from llmops.testing._core import Make, OpSpec, Sample
 
 def samples(make: Make) -> Iterator[Sample]:
     target = make.ints(200, high=70)
-    # 200 rows are four chunks. fp16 holds logits of a few tens to 2^-6 only: keep them small.
+    # 200 rows are two chunks. fp16 holds logits of a few tens to 2^-6 only: keep them small.
     yield Sample("200x24-of-70", (make(200, 24, scale=0.3), make(70, 24), target))
     some = target.masked_fill(~make.bools(200, keep=0.6), -100)
     everything = {
