@@ -15,8 +15,8 @@ from torch import Tensor
 # A chunk of logits: large enough that the products run at their full rate and that reading and
 # writing dweight once per chunk is small beside computing it, small beside the logits of a batch.
 CHUNK_BYTES = 64 << 20
-# And at most a quarter of the rows, but not fewer rows than a matrix product needs: beside 256 rows,
-# torch.mm for the logits runs at 0.9 of its rate with 128 and at 0.7 with 64.
+# And at most a quarter of the rows, but not fewer rows than a matrix product needs: the product for
+# the logits runs at 0.9 of its rate with 128 rows and at 0.7 with 64, beside 256.
 CHUNKS, FEWEST_ROWS = 4, 128
 _NO_REDUCTION = 0
 
