@@ -61,7 +61,7 @@ def torch_linear_cross_entropy(
     logits = F.linear(input, linear_weight, linear_bias)
     return F.cross_entropy(
         logits if dtype is None else logits.to(dtype),
-        target.long(),
+        target if target.is_floating_point() else target.long(),
         None if weight is None else weight.to(dtype or input.dtype),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
