@@ -97,7 +97,9 @@ def torch_cross_entropy(
         if reduction == "none":
             return loss + z_loss * squares
         total = squares.sum()
-        loss = loss + z_loss * (total / kept.sum() if reduction == "mean" else total)
+        # With nothing kept the loss is NaN already; 0 / 0 would make its gradient NaN, too.
+        count = kept.sum().clamp(min=1) if reduction == "mean" else 1
+        loss = loss + z_loss * total / count
     return loss
 
 
