@@ -14,6 +14,7 @@ from llmops.ops.attention import attention
 from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
+from llmops.ops.linear import linear
 from llmops.ops.merge_attention import merge_attention
 from llmops.ops.rms_norm import add_rms_norm, rms_norm
 from llmops.ops.rope import rope, rope_qk, rope_qk_
@@ -37,6 +38,7 @@ OPERATORS = (
     "geglu",
     "gelu",
     "layer_norm",
+    "linear",
     "merge_attention",
     "rms_norm",
     "rope",
@@ -68,6 +70,7 @@ __all__ = [
     "gelu",
     "info",
     "layer_norm",
+    "linear",
     "merge_attention",
     "rms_norm",
     "rope",
