@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -157,3 +159,39 @@ def test_linear_rejects_bad_input() -> None:
         llmops.linear(x, weight, backend="triton")
     with pytest.raises(RuntimeError, match="of one dtype"):
         torch.ops.llmops_cpu.linear(x, weight.half())
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch, llmops
+from llmops.backends import _extension
+_extension.select_isa(sys.argv[1])
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+kept = []
+def at_the_end(x):  # the same values, followed by a page that must not be touched
+    size = x.numel() * x.element_size()
+    buffer = mmap.mmap(-1, 16 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    assert libc.mprotect(ctypes.c_void_p(start + 15 * page), page, 0) == 0
+    place = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=15 * page - size)
+    kept.append(buffer)
+    return place.view(x.shape).copy_(x)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for rows, k, n in ((1, 67, 3), (2, 33, 5), (3, 65, 19), (5, 31, 17), (9, 1, 1)):
+        x, w, b = (torch.randn(s).to(dtype) for s in ((rows, k), (n, k), (n,)))
+        got = llmops.linear(at_the_end(x), at_the_end(w), at_the_end(b), backend="cpu")
+        assert torch.equal(got, llmops.linear(x, w, b, backend="cpu"))
+print("done")
+"""
+
+
+@TARGETS
+def test_linear_reads_nothing_past_its_inputs(target: Target) -> None:
+    """A read beyond x, weight or bias hits a protected page and ends the process."""
+    run = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(target.isa)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "done\n", (run.returncode, run.stderr)

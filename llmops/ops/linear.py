@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _check
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 # Up to here a call is bound by reading W, and the kernel reads it once.
 FEW_ROWS = 8
@@ -43,6 +43,12 @@ def linear(
     subnormal products flush to zero. Gradients are torch's own matrix products. Under autocast
     computed in autocast's dtype, as F.linear is.
     """
+    raw = _few_rows_raw(x, weight, bias) if backend is None else None
+    if raw is not None and _is_few_rows(x, weight):
+        try:
+            return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
+        except RuntimeError:
+            pass  # the checks below say what is wrong
     device = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     _check_arguments(x, weight, bias, autocast)
@@ -61,6 +67,16 @@ def linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return _linear(x, weight, bias, name)  # type: ignore[no-any-return]
+
+
+def _is_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """True when the kernel for few rows reads this weight as it lies."""
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and x.numel() <= FEW_ROWS * weight.shape[1]
+    )
 
 
 def _cast_to(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
@@ -131,6 +147,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, dweight, flat.sum(0) if need_bias else None, None
 
 
+_few_rows_raw = shortcut("linear", ("few rows",))
 _linear = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     forward=_forward,
