@@ -15,6 +15,7 @@ from llmops.ops.cross_entropy import cross_entropy
 from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
+from llmops.ops.linear import linear
 from llmops.ops.linear_cross_entropy import linear_cross_entropy
 from llmops.ops.merge_attention import merge_attention
 from llmops.ops.rms_norm import add_rms_norm, rms_norm
@@ -40,6 +41,7 @@ OPERATORS = (
     "geglu",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
@@ -73,6 +75,7 @@ __all__ = [
     "gelu",
     "info",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "merge_attention",
     "rms_norm",

@@ -183,7 +183,8 @@ def _decide(
             f'llmops.{op}: backend "{requested}" cannot serve this call: {reason}. '
             'Use backend="auto" to let one that can serve it.'
         )
-    if requested == "auto" and decision.backend == "reference":
+    reference = get("reference")
+    if requested == "auto" and decision.backend == "reference" and op not in reference.TORCHS_OWN:
         _warn_fallback(decision)
     return decision.backend
 
@@ -199,6 +200,8 @@ def decide(call: Call, requested: str = "auto") -> Decision:
     for name in order:
         backend = get(name)
         reason = backend.supports(call)
+        if reason is None and requested == "auto":
+            reason = backend.yields(call)
         if reason is None:
             return Decision(call, requested, name, backend.describe(call), rejected)
         rejected[name] = reason

@@ -2,7 +2,7 @@
 
 One `GPTConfig` covers GPT-2 (learned positions, LayerNorm, GELU, biases, tied head) and Llama
 (rotary positions, RMSNorm, SwiGLU, grouped-query attention). Every tensor operation that has an
-llmops operator goes through it; matrix products stay torch's, which are near their peak already.
+llmops operator goes through it; `llmops.linear` leaves large matrix products to torch.
 `backend="reference"` in the config, or `with llmops.use_backend("reference")`, runs the same model
 in plain PyTorch.
 
@@ -18,7 +18,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmops
@@ -163,6 +162,10 @@ class Norm(nn.Module):
         return llmops.add_layer_norm(x, residual, shape, weight, bias, eps, backend=backend)
 
 
+def project(x: Tensor, layer: nn.Linear, backend: str | None) -> Tensor:
+    return llmops.linear(x, layer.weight, layer.bias, backend=backend)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -174,7 +177,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, at: Place, cached: LayerCache | None) -> Tensor:
         c, (B, T, _) = self.config, x.shape
         H, K, D = c.n_head, c.n_kv_head, c.d_head
-        heads = self.qkv(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # [B, H + 2K, T, D]
+        qkv = project(x, self.qkv, c.backend)
+        heads = qkv.view(B, T, H + 2 * K, D).transpose(1, 2)  # [B, H + 2K, T, D]
         q, k, v = heads.split((H, K, K), dim=1)  # views; the operators take any strides
         if at.cos is not None and at.sin is not None:
             if torch.is_grad_enabled():
@@ -188,7 +192,7 @@ class Attention(nn.Module):
         y: Any = llmops.attention(  # [B, H, T, D]
             q, k, v, causal=True, mask=at.keep, backend=c.backend
         )
-        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+        return project(y.transpose(1, 2).reshape(B, T, H * D), self.out, c.backend)
 
 
 class MLP(nn.Module):
@@ -201,11 +205,13 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)  # [B, T, F] or [B, T, 2F]
+        h = project(x, self.up, self.backend)  # [B, T, F] or [B, T, 2F]
         if self.activation == "swiglu":
-            return self.down(llmops.swiglu(h, backend=self.backend))
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return self.down(llmops.gelu(h, approximate=approximate, backend=self.backend))
+            h = llmops.swiglu(h, backend=self.backend)
+        else:
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            h = llmops.gelu(h, approximate=approximate, backend=self.backend)
+        return project(h, self.down, self.backend)
 
 
 class Block(nn.Module):
@@ -287,7 +293,8 @@ class GPT(nn.Module):
         """Logits [B, T, V] for token ids [B, T]. With a cache, ids continue what it holds and are
         added to it. last_only gives the last token's logits, [B, 1, V]: all that generation needs.
         """
-        return F.linear(self._hidden(ids, cache, last_only), self._head_weight())
+        h = self._hidden(ids, cache, last_only)
+        return llmops.linear(h, self._head_weight(), backend=self.config.backend)
 
     def _head_weight(self) -> Tensor:  # [V, C]
         return self.tokens if self.head is None else self.head.weight

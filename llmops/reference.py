@@ -483,6 +483,14 @@ def gelu_bwd(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
     return (_wide(grad) * slope).to(x.dtype)
 
 
+# ---- projections ---------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Torch's own product: it accumulates in fp32 and rounds once, as everything here does.
+    return F.linear(x, weight, bias)
+
+
 # ---- tokens --------------------------------------------------------------------------------------
 
 

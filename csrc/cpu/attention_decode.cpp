@@ -10,6 +10,7 @@
 
 #include "attention_score.h"
 #include "attention_tile.h"
+#include "dot_tile.h"
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
@@ -42,44 +43,7 @@ LLMOPS_INLINE void score_keys(const T* const* key, int count, int64_t dim, const
                               int64_t ldq, float* s) {
   constexpr int K = W / R;
   Vec acc[W];
-  LLMOPS_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
-  int64_t d = 0;
-  if constexpr (kPairs) {
-#ifdef LLMOPS_HAS_DOT_PAIRS
-    const auto step = [&](const auto& load_key) __attribute__((always_inline)) {
-      Vec k[K];
-      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] = load_key(key[t] + d);
-      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
-        const Vec row = load(q + r * ldq + d / 2);
-        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] =
-            dot_pairs(row, k[t], acc[r * K + t]);
-      }
-    };
-    for (; d + 2 * W <= dim; d += 2 * W)
-      step([](const bf16* p) __attribute__((always_inline)) { return load_pairs(p); });
-    const int tail = static_cast<int>(dim - d);
-    if (tail > 0)
-      step([&](const bf16* p) __attribute__((always_inline)) { return load_pairs_n(p, tail); });
-#endif
-  } else {
-    for (; d + W <= dim; d += W) {
-      Vec k[K];
-      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] = load(key[t] + d);
-      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
-        const Vec row = load(q + r * ldq + d);
-        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, k[t], acc[r * K + t]);
-      }
-    }
-    if (d < dim) {
-      Vec k[K];
-      LLMOPS_UNROLL for (int t = 0; t < K; ++t) k[t] =
-          load_n(key[t] + d, static_cast<int>(dim - d));
-      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
-        const Vec row = load(q + r * ldq + d);
-        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, k[t], acc[r * K + t]);
-      }
-    }
-  }
+  dot_tile<T, kPairs, R>(key, dim, q, ldq, acc);
   float sums[W];
   store(sums, reduce_each(acc));
   LLMOPS_UNROLL for (int r = 0; r < R; ++r) {

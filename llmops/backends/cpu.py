@@ -22,6 +22,7 @@ PASSES = {
     "geglu": "forward, backward",
     "gelu": "forward, backward",
     "layer_norm": "forward, backward",
+    "linear": "forward (gradients: torch's products)",
     "linear_cross_entropy": "forward, backward",
     "merge_attention": "forward, backward",
     "rms_norm": "forward, backward",
@@ -39,6 +40,16 @@ _MISSING = {
     "attention": ("window", "alibi_slopes", "softcap", "sinks"),
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
+}
+
+# linear: the calls in which our kernel is ahead of torch's own product, per instruction set and
+# dtype: of "few rows" of x (up to eight), or of "any rows". Measured on AVX2, where torch has no
+# 16-bit product worth the name; with AVX-512 torch's is good beyond few rows (benchmarks/NOTES.md).
+LINEAR_AHEAD = {
+    "scalar": {},
+    "avx2": {torch.float32: "few rows", torch.bfloat16: "any rows", torch.float16: "any rows"},
+    "avx512": {torch.bfloat16: "few rows", torch.float16: "few rows"},
+    "avx512_bf16": {torch.bfloat16: "few rows", torch.float16: "few rows"},
 }
 
 
@@ -67,6 +78,22 @@ def supports(call: Call) -> str | None:
     return None
 
 
+def yields(call: Call) -> str | None:
+    """Why another backend should serve a call that this one can serve: asked under "auto"."""
+    if call.op != "linear":
+        return None
+    if "transposed weight" in call.features:
+        return "it would copy a weight that is not dense in its last dimension"
+    if "autocast weight" in call.features:
+        return "it would cast the weight in each call, which torch does once per autocast region"
+    ahead = LINEAR_AHEAD[isa()].get(call.dtype)
+    if ahead == "any rows" or ahead in call.features:
+        return None
+    dtype = str(call.dtype).removeprefix("torch.")
+    only = "" if ahead is None else f" beyond {ahead} of x"
+    return f"torch's own product is as fast in {dtype} on {isa()}{only}"
+
+
 def describe(call: Call) -> str:
     return f"C++ {call.op} [{isa()}]"
 
@@ -88,6 +115,7 @@ if _extension.REASON is None:
     layer_norm = _raw.layer_norm_fwd.default
     add_layer_norm = _raw.add_layer_norm_fwd.default
     layer_norm_bwd = _raw.layer_norm_bwd.default
+    linear = _raw.linear.default
     gelu = _raw.gelu.default
     gelu_bwd = _raw.gelu_bwd.default
     swiglu = _raw.swiglu.default

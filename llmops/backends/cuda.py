@@ -51,6 +51,10 @@ def supports(call: Call) -> str | None:
     return None
 
 
+def yields(call: Call) -> str | None:
+    return None
+
+
 def describe(call: Call) -> str:
     return f"CUDA C++ {call.op}"
 

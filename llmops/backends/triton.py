@@ -22,5 +22,9 @@ def supports(call: Call) -> str | None:
     return available()
 
 
+def yields(call: Call) -> str | None:
+    return None
+
+
 def describe(call: Call) -> str:
     return f"Triton {call.op}"

@@ -100,7 +100,7 @@ class Op:
         return self.forward(*args)
 
 
-def shortcut(op: str) -> Callable[..., Any]:
+def shortcut(op: str, features: tuple[str, ...] = ()) -> Callable[..., Any]:
     """A function that gives the raw CPU kernel of `op`, for a call that wants its result only.
 
     At decode sizes a call is all overhead, so the front doors of small ops try this first and check
@@ -122,7 +122,7 @@ def shortcut(op: str) -> Callable[..., Any]:
     dispatch.on_clear(table.clear)
 
     def find(dtype: torch.dtype) -> Any:
-        call = dispatch.Call(op, "cpu", dtype)
+        call = dispatch.Call(op, "cpu", dtype, features)
         if dispatch.decide(call, dispatch.requested() or "auto").backend != "cpu":
             return False
         overload = getattr(backends.get("cpu"), op)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import llmops
+from llmops.nn.attention import Attention as Attention
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -122,6 +123,56 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             backend=self.backend,
         )
+
+
+class Linear(torch.nn.Linear):
+    """torch.nn.Linear on `llmops.linear`.
+
+    Args:
+        backend: as in `llmops.linear`. Others as in torch.nn.Linear.
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        return llmops.linear(input, self.weight, self.bias, backend=self.backend)
+
+
+class Softmax(torch.nn.Softmax):
+    """torch.nn.Softmax on `llmops.softmax`.
+
+    Args:
+        dim: the dimension that sums to one; torch's guess where none is named is not made.
+        backend: as in `llmops.softmax`.
+    """
+
+    def __init__(self, dim: int | None = None, *, backend: str | None = None) -> None:
+        if dim is None:
+            raise ValueError("llmops.nn.Softmax: name the dimension, e.g. Softmax(dim=-1)")
+        super().__init__(dim)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.dim is not None
+        return llmops.softmax(input, self.dim, backend=self.backend)
+
+
+class GELU(torch.nn.GELU):
+    """torch.nn.GELU on `llmops.gelu`.
+
+    Args:
+        approximate: "none" or "tanh".
+        backend: as in `llmops.gelu`.
+    """
+
+    def __init__(self, approximate: str = "none", *, backend: str | None = None) -> None:
+        super().__init__(approximate)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        return llmops.gelu(input, approximate=self.approximate, backend=self.backend)
 
 
 class SwiGLU(torch.nn.Module):

@@ -1,0 +1,69 @@
+// linear: x W^T + b for few rows of x, as a raw operator. llmops.ops.linear owns the public schema,
+// the checks and autograd; what is checked here keeps memory safe whoever calls.
+#include "cpu/linear.h"
+
+#include <memory>
+
+#include "common.h"
+
+namespace llmops {
+namespace {
+
+constexpr const char* kName = "llmops.linear";
+// Products below which a second thread costs more than it saves (about 100 us of one).
+constexpr int64_t kSerialProducts = 1 << 20;
+
+// x [..., K], w [N, K], bias [N].
+Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in) {
+  LLMOPS_CHECK(x_in.dim() >= 1 && w_in.dim() == 2 && x_in.size(-1) == w_in.size(1) &&
+                   x_in.scalar_type() == w_in.scalar_type(),
+               kName, ": x must be [..., K] and weight [N, K], of one dtype");
+  const int64_t n = w_in.size(0), k = w_in.size(1);
+  cpu::LinearParams p{};
+  p.type = kernel_dtype(x_in.scalar_type(), kName);
+  p.k = k;
+  Tensor x = last_dim_dense(x_in);
+  const Tensor w = last_dim_dense(w_in);
+  std::optional<Tensor> bias;
+  if (bias_in.has_value()) {
+    LLMOPS_CHECK(
+        bias_in->dim() == 1 && bias_in->size(0) == n && bias_in->scalar_type() == x.scalar_type(),
+        kName, ": bias must be [N], of x's dtype");
+    bias = last_dim_dense(*bias_in);
+    p.bias = bias->data_ptr();
+  }
+  std::vector<int64_t> sizes = shape_of(x);
+  sizes.back() = n;
+  Tensor y = new_output(x, sizes);
+  if (y.numel() == 0) return y;
+  sizes.pop_back();
+  const RowIndex given(sizes, {leading_strides(x)});
+  if (!given.uniform()) x = torch::stable::contiguous(x);
+  const int64_t x_step = given.uniform() ? given.step(0) : k;
+  p.rows = given.rows();
+  p.w = w.data_ptr();
+  p.w_stride = w.stride(0);
+  p.y = y.data_ptr();
+  p.y_stride = n;
+
+  const std::unique_ptr<float[]> packed(
+      new float[LLMOPS_CPU_CALL(linear_scratch)(p.type, p.rows, k)]);
+  LLMOPS_CPU_CALL(linear_pack)(p.type, p.rows, k, x.data_ptr(), x_step, packed.get());
+  const auto kernel = LLMOPS_CPU_CALL(linear_fwd);
+  if (p.rows * n * k < kSerialProducts) {
+    kernel(p, packed.get(), 0, n);
+  } else {
+    torch::stable::parallel_for(
+        0, n, 1, [&](int64_t begin, int64_t end) { kernel(p, packed.get(), begin, end); });
+  }
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&linear_cpu)); }
+
+}  // namespace llmops

@@ -1,0 +1,49 @@
+// W dot products at once: R rows of a small operand held in cache, by W / R rows that are streamed.
+// The lanes run along the dimension; each product has one accumulator.
+#pragma once
+#include "simd.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+
+// acc[r * (W / R) + t] = lanes of q[r] . w[t]; a product is the sum of its lanes (reduce_each).
+// w: W / R pointers to `dim` elements. q: R rows of floats, or of bf16 where kPairs (vdpbf16ps),
+// ldq floats apart and padded with zeros to whole vectors.
+template <class T, bool kPairs, int R>
+LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int64_t ldq, Vec* acc) {
+  constexpr int K = W / R;
+  LLMOPS_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
+  int64_t d = 0;
+  if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    const auto step = [&](const auto& load_row) __attribute__((always_inline)) {
+      Vec x[K];
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) x[t] = load_row(w[t] + d);
+      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec row = load(q + r * ldq + d / 2);
+        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] =
+            dot_pairs(row, x[t], acc[r * K + t]);
+      }
+    };
+    for (; d + 2 * W <= dim; d += 2 * W)
+      step([](const bf16* p) __attribute__((always_inline)) { return load_pairs(p); });
+    const int tail = static_cast<int>(dim - d);
+    if (tail > 0)
+      step([&](const bf16* p) __attribute__((always_inline)) { return load_pairs_n(p, tail); });
+#endif
+  } else {
+    const auto step = [&](const auto& load_row) __attribute__((always_inline)) {
+      Vec x[K];
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) x[t] = load_row(w[t] + d);
+      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec row = load(q + r * ldq + d);
+        LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, x[t], acc[r * K + t]);
+      }
+    };
+    for (; d + W <= dim; d += W)
+      step([](const T* p) __attribute__((always_inline)) { return load(p); });
+    const int tail = static_cast<int>(dim - d);
+    if (tail > 0) step([&](const T* p) __attribute__((always_inline)) { return load_n(p, tail); });
+  }
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA

@@ -1,0 +1,163 @@
+// Linear layer for few rows of x (a decode step, a small batch). Formula: linear.h
+//
+// Reading W is the cost: element size * N * K bytes for 2 * rows * N * K flops. x is copied once
+// into padded fp32 rows (bf16 ones for vdpbf16ps) and stays in cache; then W rows of weights at a
+// time are multiplied by all of x. One row of x: each row of weights is one run through memory with
+// four accumulators. More: tiles of R rows of x by W / R rows of weights, W accumulators, lanes
+// along K. The W sums of a block are formed by one reduction, the bias is added in fp32, and each
+// result is rounded once. Many rows of x go through in panels that stay in L2, which reads W once
+// per panel.
+#include "linear.h"
+
+#include "dot_tile.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kTile = W == 1 ? 1 : 4;       // rows of x per tile
+constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
+
+template <class T>
+struct Pairs {
+  static constexpr bool value = false;
+};
+#ifdef LLMOPS_HAS_DOT_PAIRS
+template <>
+struct Pairs<bf16> {
+  static constexpr bool value = true;
+};
+#endif
+
+// Floats of one packed row: whole vectors, of 2 * W elements where they are pairs.
+template <class T>
+LLMOPS_INLINE int64_t packed_stride(int64_t k) {
+  return (k + 2 * W - 1) / (2 * W) * (Pairs<T>::value ? W : 2 * W);
+}
+LLMOPS_INLINE int64_t padded_rows(int64_t rows) {
+  return rows <= 2 && kTile > 1 ? rows : (rows + kTile - 1) / kTile * kTile;
+}
+
+template <class T>
+LLMOPS_INLINE void pack_row(const T* x, int64_t k, float* out) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+  if constexpr (Pairs<T>::value) {
+    for (int64_t i = 0; i < k; i += 2 * W)
+      store(out + i / 2, load_pairs_n(x + i, static_cast<int>(k - i < 2 * W ? k - i : 2 * W)));
+    return;
+  }
+#endif
+  const int64_t stride = packed_stride<T>(k);
+  int64_t i = 0;
+  for (; i + W <= k; i += W) store(out + i, load(x + i));
+  for (; i < stride; i += W)
+    store(out + i, i < k ? load_n(x + i, static_cast<int>(k - i)) : zero());
+}
+
+// Lanes of x . w for one row of each; four accumulators hide the latency of the sum.
+template <class T>
+LLMOPS_INLINE Vec dot_row(const T* w, int64_t k, const float* x) {
+  Vec acc[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+#ifdef LLMOPS_HAS_DOT_PAIRS
+  if constexpr (Pairs<T>::value) {
+    for (; i + 8 * W <= k; i += 8 * W) {
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) acc[j] =
+          dot_pairs(load(x + i / 2 + j * W), load_pairs(w + i + 2 * j * W), acc[j]);
+    }
+    for (; i < k; i += 2 * W) {
+      const int left = static_cast<int>(k - i < 2 * W ? k - i : 2 * W);
+      acc[0] = dot_pairs(load(x + i / 2), load_pairs_n(w + i, left), acc[0]);
+    }
+    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  }
+#endif
+  for (; i + 4 * W <= k; i += 4 * W) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) acc[j] =
+        fma(load(x + i + j * W), load(w + i + j * W), acc[j]);
+  }
+  for (; i + W <= k; i += W) acc[0] = fma(load(x + i), load(w + i), acc[0]);
+  if (i < k) acc[1] = fma(load(x + i), load_n(w + i, static_cast<int>(k - i)), acc[1]);
+  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+}
+
+// sums[r][t] = x[r] . w[t] for R rows of x and the block's W rows of weights.
+template <class T, int R>
+LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float (*sums)[W]) {
+  Vec acc[W];
+  if constexpr (R == 1) {
+    for (int t = 0; t < W; ++t) acc[t] = dot_row(w[t], k, x);
+    store(sums[0], reduce_each(acc));
+  } else {
+    constexpr int kColumns = W / R;
+    for (int t = 0; t < W; t += kColumns) {
+      dot_tile<T, Pairs<T>::value, R>(w + t, k, x, packed_stride<T>(k), acc);
+      float all[W];
+      store(all, reduce_each(acc));
+      LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
+        LLMOPS_UNROLL for (int j = 0; j < kColumns; ++j) sums[r][t + j] = all[r * kColumns + j];
+      }
+    }
+  }
+}
+
+template <class T, int R>
+LLMOPS_INLINE void run(const LinearParams& p, const float* packed, int64_t first, int64_t last,
+                       int64_t begin, int64_t end) {
+  const int64_t stride = packed_stride<T>(p.k);
+  const T* weights = static_cast<const T*>(p.w);
+  for (int64_t n = begin; n < end; n += W) {
+    const int count = static_cast<int>(end - n < W ? end - n : W);
+    const T* w[W];  // past the end the last row again: computed and not kept
+    LLMOPS_UNROLL for (int t = 0; t < W; ++t) w[t] =
+        weights + (n + (t < count ? t : count - 1)) * p.w_stride;
+    const Vec bias = p.bias ? load_n(static_cast<const T*>(p.bias) + n, count) : zero();
+    for (int64_t r = first; r < last; r += R) {
+      float sums[R][W];
+      dot_block<T, R>(w, p.k, packed + r * stride, sums);
+      T* y = static_cast<T*>(p.y) + r * p.y_stride + n;
+      for (int i = 0; i < R && r + i < last; ++i) {
+        if (count == W) {
+          store(y + i * p.y_stride, load(sums[i]) + bias);
+        } else {
+          store_n(y + i * p.y_stride, load(sums[i]) + bias, count);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t linear_scratch(DType type, int64_t rows, int64_t k) {
+  int64_t stride = 0;
+  LLMOPS_DISPATCH(type, T, stride = packed_stride<T>(k));
+  return padded_rows(rows) * stride;
+}
+
+void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_stride,
+                 float* packed) {
+  LLMOPS_DISPATCH(type, T, {
+    const int64_t stride = packed_stride<T>(k);
+    const int64_t all = padded_rows(rows);
+    for (int64_t r = 0; r < rows; ++r)
+      pack_row(static_cast<const T*>(x) + r * x_stride, k, packed + r * stride);
+    for (int64_t i = rows * stride; i < all * stride; i += W) store(packed + i, zero());
+  });
+}
+
+void linear_fwd(const LinearParams& p, const float* packed, int64_t begin, int64_t end) {
+  LLMOPS_DISPATCH(p.type, T, {
+    if (kTile == 1 || p.rows == 1) {
+      for (int64_t r = 0; r < p.rows; ++r) run<T, 1>(p, packed, r, r + 1, begin, end);
+    } else if (p.rows == 2) {
+      run<T, W == 1 ? 1 : 2>(p, packed, 0, 2, begin, end);
+    } else {
+      const int64_t fit = kPanelFloats / (packed_stride<T>(p.k) + 1) / kTile * kTile;
+      const int64_t panel = fit > kTile ? fit : kTile;
+      for (int64_t r = 0; r < p.rows; r += panel)
+        run<T, kTile>(p, packed, r, r + panel < p.rows ? r + panel : p.rows, begin, end);
+    }
+  });
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA

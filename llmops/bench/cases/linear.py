@@ -1,0 +1,37 @@
+"""linear at model shapes: one row of x (decode), four, and a prompt.
+
+Bytes, up to eight rows: W and x read, y written. Beyond, flops: 2 rows N K. torch is F.linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+import llmops
+from llmops.bench.harness import Case, with_backward
+
+# N, K: a square projection, the two of an MLP, and a head.
+WEIGHTS = ((576, 576), (3072, 768), (4096, 4096), (49152, 576))
+ROWS = (1, 4, 8, 128)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, k in WEIGHTS[:1] if quick else WEIGHTS:
+            weight = torch.randn(n, k).to(dtype)
+            for rows in ROWS[:1] if quick else ROWS:
+                x = torch.randn(rows, k).to(dtype)
+                moved = (n * k + rows * (n + k)) * x.element_size()
+                yield Case(
+                    "linear",
+                    "fwd",
+                    dtype,
+                    f"{rows}x{k} to {n}",
+                    with_backward("fwd", llmops.linear, (x, weight)),
+                    with_backward("fwd", F.linear, (x, weight)),
+                    bytes=moved if rows <= 8 else 0,
+                    flops=2 * rows * n * k if rows > 8 else 0,
+                )

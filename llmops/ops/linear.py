@@ -1,0 +1,157 @@
+"""linear: x W^T + b, by our kernel where torch's own product is weak, else by torch's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops import reference
+from llmops.backends import get
+from llmops.dispatch import resolve
+from llmops.ops import _check
+from llmops.ops._op import Op, shortcut
+
+# Up to here a call is bound by reading W, and the kernel reads it once.
+FEW_ROWS = 8
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n].
+
+    Args:
+        x: [..., K], fp32/bf16/fp16 (any dtype on torch's own product), any strides.
+        weight: [N, K], x's dtype; dense in its last dimension, or the product is torch's own.
+        bias: [N], x's dtype.
+        backend: "cpu" is our kernel whatever the shape; "reference" is torch's own product;
+            None and "auto" take the faster one, by a measured table of instruction set, dtype and
+            number of rows (`llmops.explain("linear", x, weight)` names it and the reason).
+
+    Returns:
+        Tensor [..., N] in x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: a named backend cannot serve the call.
+
+    Numerics: fp32 accumulation, the bias added in fp32, one rounding. The kernel gives the same
+    bits for any number of threads; where bf16 pairs are multiplied by the processor (AVX-512-BF16),
+    subnormal products flush to zero. Gradients are torch's own matrix products. Under autocast
+    computed in autocast's dtype, as F.linear is.
+    """
+    raw = _few_rows_raw(x, weight, bias) if backend is None else None
+    if raw is not None and _is_few_rows(x, weight):
+        try:
+            return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
+        except RuntimeError:
+            pass  # the checks below say what is wrong
+    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    _check_arguments(x, weight, bias, autocast)
+    dtype = _cast_to(weight.dtype, autocast)
+    features: tuple[str, ...] = (
+        ("many rows",) if math.prod(x.shape[:-1]) > FEW_ROWS else ("few rows",)
+    )
+    if weight.dtype != dtype:
+        features += ("autocast weight",)
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        features += ("transposed weight",)
+    name = resolve("linear", x.device, dtype, features, backend)
+    if name == "reference":
+        return reference.linear(x, weight, bias)
+    if autocast is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return _linear(x, weight, bias, name)  # type: ignore[no-any-return]
+
+
+def _is_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """True when the kernel for few rows reads this weight as it lies."""
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and x.numel() <= FEW_ROWS * weight.shape[1]
+    )
+
+
+def _cast_to(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """What autocast makes of a tensor: float64 stays as it is."""
+    return dtype if autocast is None or dtype == torch.float64 else autocast
+
+
+def _check_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None
+) -> None:
+    _check.floating("linear", "x", x)
+    _check.floating("linear", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"llmops.linear: weight must be [N, K]; got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"llmops.linear: x must be [..., {weight.shape[1]}] for weight [N, K] of shape "
+            f"{tuple(weight.shape)}; got shape {tuple(x.shape)}"
+        )
+    others = [("weight", weight)]
+    if bias is not None:
+        _check.floating("linear", "bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"llmops.linear: bias must be [{weight.shape[0]}], weight's rows; got shape "
+                f"{tuple(bias.shape)}"
+            )
+        others.append(("bias", bias))
+    for name, other in others:
+        if _cast_to(other.dtype, autocast) != _cast_to(x.dtype, autocast):
+            raise TypeError(
+                f"llmops.linear: {name} has dtype {_check.dtype_name(other.dtype)} and x "
+                f"{_check.dtype_name(x.dtype)}; convert one, e.g. x.to({name}.dtype)"
+            )
+        if other.device != x.device:
+            _check.same_device("linear", "x", x, name, other)
+
+
+# ---- the operator --------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    if backend != "cpu":
+        backend = resolve("linear", x.device, x.dtype, (), backend)
+    if backend == "reference":
+        return reference.linear(x, weight, bias)
+    raw = get(backend).linear
+    return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _bias, _backend = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """dx = dy W, dW = dy^T x, db = the sum of dy: torch's own products, and so differentiable."""
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    rows = math.prod(x.shape[:-1])
+    flat = grad.reshape(rows, weight.shape[0])
+    dx = grad.matmul(weight) if need_x else None
+    dweight = flat.t().matmul(x.reshape(rows, weight.shape[1])) if need_weight else None
+    return dx, dweight, flat.sum(0) if need_bias else None, None
+
+
+_few_rows_raw = shortcut("linear", ("few rows",))
+_linear = Op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    forward=_forward,
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+)

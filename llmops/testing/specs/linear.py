@@ -1,0 +1,55 @@
+"""Samples of linear that reach every branch of its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+
+import llmops
+from llmops import reference
+from llmops.testing._core import Make, OpSpec, Sample
+
+
+def samples(make: Make) -> Iterator[Sample]:
+    yield Sample("2x3x40-bias-21", (make(2, 3, 40), make(21, 40), make(21)))
+    # One row, two, and tiles of four with one to four rows in the last; lengths of every tail.
+    for rows, k, n in (
+        (1, 67, 33),
+        (2, 65, 17),
+        (3, 31, 15),
+        (4, 128, 16),
+        (5, 16, 8),
+        (8, 7, 5),
+        (9, 33, 1),
+    ):
+        yield Sample(f"{rows}x{k}-{n}", (make(rows, k), make(n, k)))
+        yield Sample(f"{rows}x{k}-{n}-bias", (make(rows, k), make(n, k), make(n)))
+    for k in (127, 128, 129, 255, 256, 257):
+        yield Sample(f"1x{k}-4", (make(1, k), make(4, k)))
+    yield Sample("vector-19", (make(19), make(6, 19), make(6)))
+    # Long rows of x: panels of four. Enough products for a second thread.
+    yield Sample("9x20000-6", (make(9, 20000, grad=False), make(6, 20000, grad=False)))
+    yield Sample("1x1100-1000", (make(1, 1100, grad=False), make(1000, 1100, grad=False)))
+    for rows, k, n in ((0, 5, 3), (3, 0, 4), (3, 5, 0)):
+        yield Sample(f"empty-{rows}x{k}-{n}", (make(rows, k), make(n, k), make(n)))
+
+
+def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
+    return {"linear": (make(2, 3, 9), make(5, 9), make(5), "cpu")}
+
+
+SPEC = OpSpec(
+    name="linear",
+    fn=llmops.linear,
+    reference=reference.linear,
+    torch_fn=F.linear,
+    samples=samples,
+    schemas=schemas,
+    rows=True,
+    skip={
+        "bitwise_repeatable": "gradients are torch's own products, whose bits change with the "
+        "number of threads; tests/test_linear.py holds the forward to it"
+    },
+)

@@ -1,0 +1,197 @@
+"""linear: the conformance kit, and what is particular to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import llmops
+from llmops import dispatch
+from llmops.backends import cpu
+from llmops.testing import Target, suite, targets
+from llmops.testing.specs.linear import SPEC
+
+globals().update(suite(SPEC))
+
+TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+
+
+@pytest.fixture
+def fresh_decisions() -> Iterator[None]:
+    """Decisions are kept per call, not per instruction set: forget them around a test."""
+    dispatch.clear()
+    yield
+    dispatch.clear()
+
+
+@TARGETS
+@DTYPES
+def test_linear_bits_do_not_depend_on_threads(target: Target, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    weight, bias = torch.randn(1031, 1100).to(dtype), torch.randn(1031).to(dtype)
+    try:
+        for rows in (1, 2, 7, 130):
+            x = torch.randn(rows, 1100).to(dtype)
+            found = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                with target.active():
+                    found.append(llmops.linear(x, weight, bias, backend="cpu"))
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@TARGETS
+def test_linear_accumulates_in_fp32(target: Target) -> None:
+    """Partial sums beyond fp16's range, and a bf16 sum of more terms than its digits can count."""
+    x, weight = torch.full((1, 4096), 16.0).half(), torch.full((2, 4096), 16.0).half()
+    weight[:, 2048:] = -16.0
+    ones = torch.ones(1, 4096, dtype=torch.bfloat16)
+    with target.active():
+        assert llmops.linear(x, weight, backend="cpu").tolist() == [[0.0, 0.0]]
+        assert llmops.linear(ones, ones, backend="cpu").item() == 4096.0
+
+
+@TARGETS
+@DTYPES
+@pytest.mark.usefixtures("fresh_decisions")
+def test_linear_auto_follows_the_table(target: Target, dtype: torch.dtype) -> None:
+    weight = torch.randn(12, 20).to(dtype)
+    assert target.isa is not None
+    ahead = cpu.LINEAR_AHEAD[target.isa].get(dtype)
+    with target.active():
+        for rows in (1, 8, 9, 100):
+            x = torch.randn(rows, 20).to(dtype)
+            ours = ahead == "any rows" or (ahead == "few rows" and rows <= 8)
+            found = llmops.explain("linear", x, weight)
+            if ours:
+                assert found.kernel == f"C++ linear [{target.isa}]" and not found.rejected
+            else:
+                assert found.kernel == "torch's own matrix product"
+                assert "torch's own product is as fast" in found.rejected["cpu"]
+                assert ("beyond few rows" in found.rejected["cpu"]) == (ahead is not None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # torch's own product is nothing to warn of
+                y = llmops.linear(x, weight)
+            kernel = llmops.linear(x, weight, backend="cpu" if ours else "reference")
+            assert torch.equal(y, kernel)
+            assert llmops.explain("linear", x, weight, backend="cpu").backend == "cpu"
+
+
+@TARGETS
+@pytest.mark.usefixtures("fresh_decisions")
+def test_linear_transposed_weight_goes_to_torch(target: Target) -> None:
+    x, weight = torch.randn(1, 20).bfloat16(), torch.randn(20, 12).bfloat16().t()
+    with target.active():
+        found = llmops.explain("linear", x, weight)
+        assert found.backend == "reference" and "not dense" in found.rejected["cpu"]
+        assert torch.equal(llmops.linear(x, weight), F.linear(x, weight))
+        forced = llmops.linear(x, weight, backend="cpu")
+    torch.testing.assert_close(forced.double(), F.linear(x.double(), weight.double()), rtol=1e-2,
+                               atol=1e-2)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", (None, "cpu", "reference"))
+@pytest.mark.parametrize("stored", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.usefixtures("fresh_decisions")
+def test_linear_autocasts_as_torch(backend: str | None, stored: torch.dtype) -> None:
+    x = torch.randn(3, 40, requires_grad=True)
+    weight = torch.randn(21, 40).to(stored).requires_grad_()
+    bias = torch.randn(21, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = llmops.linear(x, weight, bias, backend=backend)
+        want = F.linear(x, weight, bias)
+        wide = llmops.linear(x.double(), weight.double(), backend="reference")
+    assert got.dtype == want.dtype == torch.bfloat16 and wide.dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-5)
+    grads = torch.autograd.grad(got.float().square().sum(), (x, weight, bias))
+    wanted = torch.autograd.grad(want.float().square().sum(), (x, weight, bias))
+    for g, w in zip(grads, wanted, strict=True):
+        assert g.dtype == w.dtype
+        assert (g - w).float().norm() < 0.01 * w.float().norm()
+
+
+@pytest.mark.usefixtures("fresh_decisions")
+def test_linear_autocast_leaves_the_cast_of_weights_to_torch() -> None:
+    x, weight = torch.randn(1, 40), torch.randn(21, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = llmops.explain("linear", x, weight)
+        assert found.backend == "reference" and "once per autocast" in found.rejected["cpu"]
+        assert found.call.dtype == torch.bfloat16
+
+
+def test_linear_float64_and_gradients_of_a_few_inputs() -> None:
+    x, weight = torch.randn(2, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    assert torch.equal(llmops.linear(x, weight), F.linear(x, weight))
+    with pytest.raises(NotImplementedError, match="float64"):
+        llmops.linear(x, weight, backend="cpu")
+    bias = torch.randn(3, requires_grad=True)
+    llmops.linear(x.float(), weight.float(), bias, backend="cpu").sum().backward()
+    assert bias.grad is not None and bias.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_linear_rejects_bad_input() -> None:
+    x, weight = torch.randn(2, 5), torch.randn(3, 5)
+    for arguments, error, match in (
+        ((x, weight.half()), TypeError, r"weight has dtype float16 and x float32; .*x.to\(weight"),
+        ((x, weight, torch.ones(3).half()), TypeError, "bias has dtype float16 and x float32"),
+        ((x, weight.long()), TypeError, "weight has dtype int64"),
+        ((x.int(), weight), TypeError, "x has dtype int32"),
+        ((x, None), TypeError, "weight must be a Tensor; got NoneType"),
+        ((x, weight[0]), ValueError, r"weight must be \[N, K\]; got shape \(5,\)"),
+        ((x, weight.t()), ValueError, r"x must be \[..., 3\] .*got shape \(2, 5\)"),
+        ((torch.tensor(1.0), weight), ValueError, r"x must be \[..., 5\] .*got shape \(\)"),
+        ((x, weight, torch.ones(4)), ValueError, r"bias must be \[3\].*got shape \(4,\)"),
+        ((x, weight, torch.ones(3, 1)), ValueError, r"bias must be \[3\]"),
+        ((x, weight.to("meta")), ValueError, "weight is on meta and x on cpu"),
+    ):
+        with pytest.raises(error, match=match):
+            llmops.linear(*arguments)
+    with pytest.raises(NotImplementedError, match='backend "triton" cannot serve'):
+        llmops.linear(x, weight, backend="triton")
+    with pytest.raises(RuntimeError, match="of one dtype"):
+        torch.ops.llmops_cpu.linear(x, weight.half())
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch, llmops
+from llmops.backends import _extension
+_extension.select_isa(sys.argv[1])
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+kept = []
+def at_the_end(x):  # the same values, followed by a page that must not be touched
+    size = x.numel() * x.element_size()
+    buffer = mmap.mmap(-1, 16 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    assert libc.mprotect(ctypes.c_void_p(start + 15 * page), page, 0) == 0
+    place = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=15 * page - size)
+    kept.append(buffer)
+    return place.view(x.shape).copy_(x)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for rows, k, n in ((1, 67, 3), (2, 33, 5), (3, 65, 19), (5, 31, 17), (9, 1, 1)):
+        x, w, b = (torch.randn(s).to(dtype) for s in ((rows, k), (n, k), (n,)))
+        got = llmops.linear(at_the_end(x), at_the_end(w), at_the_end(b), backend="cpu")
+        assert torch.equal(got, llmops.linear(x, w, b, backend="cpu"))
+print("done")
+"""
+
+
+@TARGETS
+def test_linear_reads_nothing_past_its_inputs(target: Target) -> None:
+    """A read beyond x, weight or bias hits a protected page and ends the process."""
+    run = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(target.isa)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "done\n", (run.returncode, run.stderr)
