@@ -232,36 +232,3 @@ def test_attention_rejects_bad_input() -> None:
         attention(q, k, v, backend="triton")
     with pytest.raises(NotImplementedError, match=r"float64.*Use backend="):
         attention(*(t.double() for t in (q, k, v)), backend="cpu")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"window": (3, 0)},
-        {"alibi_slopes": torch.ones(4)},
-        {"softcap": 5.0},
-        {"sinks": torch.zeros(4)},
-    ],
-    ids=lambda a: next(iter(a)),
-)
-def test_attention_modifiers_not_there_yet(arguments: dict[str, Any]) -> None:
-    """No kernel, so refused by name with the remedy; the remedy works; explain says why."""
-    q, k, v = _qkv(2, 4, 2, 5, 7, 8)
-    name = next(iter(arguments))
-    for backend in (None, "auto", "cpu"):
-        with pytest.raises(NotImplementedError, match=rf"{name} has no kernel.*\"reference\""):
-            llmops.attention(q, k, v, backend=backend, **arguments)
-    out = llmops.attention(q, k, v, backend="reference", **arguments)
-    assert isinstance(out, Tensor) and not torch.allclose(
-        out, llmops.attention(q, k, v, backend="reference")
-    )
-    decision = llmops.explain("attention", q, k, v, **arguments)
-    assert name in decision.rejected["cpu"]
-
-
-def test_attention_dropout_not_there_yet() -> None:
-    q, k, v = _qkv(2, 4, 2, 5, 7, 8)
-    with pytest.raises(NotImplementedError, match=r"dropout_p is not supported.*self.training"):
-        llmops.attention(q, k, v, dropout_p=0.1)
-    with pytest.raises(NotImplementedError, match="generator is not supported"):
-        llmops.attention(q, k, v, generator=torch.Generator())

@@ -119,6 +119,29 @@ def test_sdpa_fully_masked_rows_are_zeros() -> None:
     assert bool((out[:, :, 1] == 0).all()) and bool(out.isfinite().all())
 
 
+@TARGETS
+@pytest.mark.parametrize("tokens", [(20, 30), (30, 20)], ids=str)
+def test_sdpa_dropout(target: Target, tokens: tuple[int, int]) -> None:
+    """The mean over many seeds is the attention without dropout; torch.manual_seed repeats it."""
+    q, k, v = (
+        t.detach() for t in _inputs((1, 2, tokens[0], 8), (1, 2, tokens[1], 8), torch.float32)
+    )
+
+    def run(dropout_p: float) -> Tensor:
+        return llmops.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=True, backend=target.backend
+        )
+
+    torch.manual_seed(0)
+    with target.active():
+        runs = torch.stack([run(0.3) for _ in range(200)])
+        torch.manual_seed(0)
+        assert torch.equal(runs[0], run(0.3)) and not torch.equal(runs[0], runs[1])
+        error = (runs.mean(0) - run(0.0)).abs()
+        assert bool((run(1.0) == 0).all())
+    assert bool((error <= 6 * runs.std(0) / math.sqrt(200) + 1e-6).all())
+
+
 def test_sdpa_compiles_fullgraph() -> None:
     q, k, v = _inputs((1, 2, 9, 8), (1, 2, 5, 8), torch.float32)
     step = torch.compile(
@@ -135,7 +158,7 @@ def test_sdpa_rejects_bad_input() -> None:
     q, k, v = _inputs((1, 2, 5, 8), (1, 2, 5, 8), torch.float32)
     with pytest.raises(RuntimeError, match="attn_mask must be None when is_causal"):
         llmops.scaled_dot_product_attention(q, k, v, torch.ones(5, 5).bool(), is_causal=True)
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0.5 is not supported yet"):
-        llmops.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\]; got 1.5"):
+        llmops.scaled_dot_product_attention(q, k, v, dropout_p=1.5)
     with pytest.raises(TypeError, match="query must be a Tensor"):
         llmops.scaled_dot_product_attention(1.0, k, v)  # type: ignore[arg-type]

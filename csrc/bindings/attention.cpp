@@ -2,6 +2,8 @@
 // checks and autograd; what is checked here keeps memory safe whoever calls.
 #include "cpu/attention.h"
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <tuple>
 
@@ -89,18 +91,23 @@ void make_plan(AttentionParams& p) {
   const int64_t heads = p.heads / p.kv_heads, groups = p.batch * p.kv_heads;
   const int64_t rows = heads * p.queries;
   auto& plan = p.plan;
-  plan.decode = rows <= cpu::kAttentionDecodeRows;
+  // Few rows with dropout are a test or a short training sequence: the tiles serve them, and decode
+  // need not know of it.
+  plan.decode = rows <= cpu::kAttentionDecodeRows && !p.dropout.active;
   plan.packed = heads > 1 && p.queries < cpu::kAttentionLanes;
   plan.blocks = plan.packed ? div_up(rows, cpu::kAttentionLanes)
                             : heads * div_up(p.queries, cpu::kAttentionLanes);
+  plan.first_key = 0;
+  if (p.left >= 0) plan.first_key = std::clamp<int64_t>(p.keys - p.queries - p.left, 0, p.keys);
+  const int64_t keys = p.keys - plan.first_key;
   plan.splits = 1;
   if (plan.blocks == 1 && groups > 0) {
-    const int64_t wanted = div_up(kSplitTasks, groups), possible = p.keys / kSplitKeys;
+    const int64_t wanted = div_up(kSplitTasks, groups), possible = keys / kSplitKeys;
     plan.splits = wanted < possible ? wanted : possible;
     if (plan.splits < 1) plan.splits = 1;
   }
-  plan.split_keys = div_up(div_up(p.keys, plan.splits), 96) * 96;
-  if (plan.split_keys > 0) plan.splits = div_up(p.keys, plan.split_keys);
+  plan.split_keys = div_up(div_up(keys, plan.splits), 96) * 96;
+  if (plan.split_keys > 0) plan.splits = div_up(keys, plan.split_keys);
   plan.parts = 1;
   if (groups > 0 && groups < kGradTasks) {
     const int64_t wanted = div_up(kGradTasks, groups), possible = plan.blocks / kGradBlocks;
@@ -111,15 +118,64 @@ void make_plan(AttentionParams& p) {
 
 // A worker takes 55-85 us to wake: about 4M multiply-adds, or 1 MB of keys and values.
 bool worth_threads(const AttentionParams& p) {
-  const int64_t work = p.batch * p.heads * p.queries * p.keys * (p.dim + p.dim_v);
-  const int64_t bytes =
-      p.batch * p.kv_heads * p.keys * (p.dim + p.dim_v) * (p.type == cpu::DType::f32 ? 4 : 2);
+  int64_t seen = p.keys;  // by one query
+  if (p.left >= 0 && p.right >= 0) seen = std::min(seen, p.left + p.right + cpu::kAttentionLanes);
+  const int64_t work = p.batch * p.heads * p.queries * seen * (p.dim + p.dim_v);
+  const int64_t bytes = p.batch * p.kv_heads * (p.keys - p.plan.first_key) * (p.dim + p.dim_v) *
+                        (p.type == cpu::DType::f32 ? 4 : 2);
   return work > 4000000 || bytes > 1000000;
+}
+
+// What happens to the scores, as it comes through the schema. A window bound of -1, a soft cap of 0
+// and a dropout of 0 are none.
+struct Modifiers {
+  int64_t window_left, window_right;
+  const std::optional<Tensor>& alibi_slopes;  // [Hq] or [B, Hq], float32
+  double softcap;
+  const std::optional<Tensor>& sinks;  // [Hq], float32, contiguous
+  double dropout_p;
+  const std::optional<Tensor>& seed;  // [1], int64
+};
+
+void read_modifiers(const Modifiers& m, bool causal, AttentionParams& p) {
+  // Bounds as wide as all there is are none; this also keeps sums with them far from overflow.
+  const int64_t all = p.queries + p.keys;
+  p.left = m.window_left < all ? std::max<int64_t>(m.window_left, -1) : -1;
+  p.right = m.window_right < all ? std::max<int64_t>(m.window_right, -1) : -1;
+  if (causal) p.right = 0;
+  p.softcap = static_cast<float>(m.softcap);
+  if (m.alibi_slopes.has_value()) {
+    const Tensor& t = *m.alibi_slopes;
+    const int64_t dims = t.dim();
+    LLMOPS_CHECK(t.scalar_type() == ScalarType::Float && (dims == 1 || dims == 2) &&
+                     t.size(dims - 1) == p.heads && (dims == 1 || t.size(0) == p.batch),
+                 kName, ": alibi_slopes must be float32 [Hq] or [B, Hq]");
+    p.slopes = static_cast<const float*>(t.data_ptr());
+    p.slope_stride[0] = dims == 2 ? t.stride(0) : 0;
+    p.slope_stride[1] = t.stride(dims - 1);
+  }
+  if (m.sinks.has_value()) {
+    LLMOPS_CHECK(m.sinks->scalar_type() == ScalarType::Float && m.sinks->dim() == 1 &&
+                     m.sinks->size(0) == p.heads && m.sinks->is_contiguous(),
+                 kName, ": sinks must be float32 [Hq], contiguous");
+    p.sinks = static_cast<const float*>(m.sinks->data_ptr());
+  }
+  if (m.dropout_p == 0.0) return;
+  LLMOPS_CHECK(m.dropout_p > 0.0 && m.dropout_p <= 1.0, kName,
+               ": dropout_p must be in [0, 1], got ", m.dropout_p);
+  LLMOPS_CHECK(
+      m.seed.has_value() && m.seed->scalar_type() == ScalarType::Long && m.seed->numel() == 1,
+      kName, ": dropout needs a seed, one int64");
+  p.dropout.active = true;
+  p.dropout.below = static_cast<uint32_t>(std::min(std::round(m.dropout_p * 0x1p32), 0x1p32 - 1));
+  p.dropout.scale = m.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - m.dropout_p)) : 0.0f;
+  p.dropout.seed = *static_cast<const uint64_t*>(m.seed->data_ptr());
 }
 
 // Everything but the outputs. q, k, v have a dense last dimension.
 AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
-                            const std::optional<Tensor>& mask, bool causal, double scale) {
+                            const std::optional<Tensor>& mask, bool causal, double scale,
+                            const Modifiers& modifiers) {
   AttentionParams p{};
   p.type = kernel_dtype(q.scalar_type(), kName);
   LLMOPS_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kName,
@@ -132,8 +188,8 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
                ": k and v must be [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv] for q [B, Hq, Tq, D]");
   LLMOPS_CHECK(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, kName, ": ", p.heads,
                " query heads are no multiple of ", p.kv_heads, " key/value heads");
-  p.causal = causal;
   p.scale = static_cast<float>(scale);
+  read_modifiers(modifiers, causal, p);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
   read_strides(q, p.q_stride);
   read_strides(k, p.k_stride);
@@ -157,9 +213,15 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
 
 std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q_in, const Tensor& k_in,
                                              const Tensor& v_in, const std::optional<Tensor>& mask,
-                                             bool causal, double scale) {
+                                             bool causal, double scale, int64_t window_left,
+                                             int64_t window_right,
+                                             const std::optional<Tensor>& alibi_slopes,
+                                             double softcap, const std::optional<Tensor>& sinks,
+                                             double dropout_p, const std::optional<Tensor>& seed) {
   const Tensor q = heads_dense(q_in, "q"), k = heads_dense(k_in, "k"), v = heads_dense(v_in, "v");
-  AttentionParams p = make_params(q, k, v, mask, causal, scale);
+  AttentionParams p =
+      make_params(q, k, v, mask, causal, scale,
+                  {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed});
   Tensor out = new_heads(q_in, p.dim_v, q.scalar_type());
   Tensor lse = new_output(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
@@ -190,16 +252,33 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q_in, const Tensor& k
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd_cpu(
+// dsinks [Hq] from what each row adds, [B, Hq, Tq].
+Tensor sum_rows_of_heads(const Tensor& rows) {
+  const int64_t batch = rows.size(0), heads = rows.size(1), queries = rows.size(2);
+  Tensor sums = new_output(rows, {heads}, ScalarType::Float);
+  const float* from = static_cast<const float*>(rows.data_ptr());
+  for (int64_t h = 0; h < heads; ++h) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = 0; t < queries; ++t) sum += from[(b * heads + h) * queries + t];
+    static_cast<float*>(sums.data_ptr())[h] = static_cast<float>(sum);
+  }
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>> attention_bwd_cpu(
     const Tensor& grad_out_in, const std::optional<Tensor>& grad_lse, const Tensor& q_in,
     const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask, const Tensor& out_in,
-    const Tensor& lse_in, bool causal, double scale, bool need_mask_grad) {
+    const Tensor& lse_in, bool causal, double scale, bool need_mask_grad, int64_t window_left,
+    int64_t window_right, const std::optional<Tensor>& alibi_slopes, double softcap,
+    const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& seed) {
   const Tensor q = heads_dense(q_in, "q"), k = heads_dense(k_in, "k"), v = heads_dense(v_in, "v");
   const Tensor out = heads_dense(out_in, "out"), grad_out = heads_dense(grad_out_in, "grad_out");
   const Tensor lse = lse_in.is_contiguous() ? lse_in : torch::stable::contiguous(lse_in);
   cpu::AttentionGradParams g{};
   AttentionParams& p = g.fwd;
-  p = make_params(q, k, v, mask, causal, scale);
+  p = make_params(q, k, v, mask, causal, scale,
+                  {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed});
   const std::vector<int64_t> out_shape = {p.batch, p.heads, p.queries, p.dim_v};
   LLMOPS_CHECK(shape_of(out) == out_shape && shape_of(grad_out) == out_shape &&
                    out.scalar_type() == q.scalar_type() &&
@@ -232,13 +311,18 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd_cpu(
   if (p.queries > 0 && groups > 0) {
     make_plan(p);
   } else {
-    p.plan = {false, false, 0, 1, p.keys, 1};  // no queries: dk and dv are zeros
+    p.plan = {false, false, 0, 1, 0, p.keys, 1};  // no queries: dk and dv are zeros
   }
   std::optional<Tensor> partial;
   if (p.plan.parts > 1) {
     const int64_t width = LLMOPS_CPU_CALL(attention_bwd_width)(p);
     partial = new_output(q, {groups * p.plan.parts * p.keys * width}, ScalarType::Float);
     g.partial = static_cast<float*>(partial->data_ptr());
+  }
+  std::optional<Tensor> dsink;
+  if (p.sinks) {
+    dsink = new_output(q, lse_shape, ScalarType::Float);
+    g.dsink = static_cast<float*>(dsink->data_ptr());
   }
   const auto kernel = LLMOPS_CPU_CALL(attention_bwd);
   const int64_t bytes = LLMOPS_CPU_CALL(attention_bwd_scratch)(g);
@@ -251,12 +335,13 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd_cpu(
     parallel_rows(groups * p.keys, (p.dim + p.dim_v) * p.plan.parts,
                   [&](int64_t begin, int64_t end) { combine(g, begin, end); });
   }
-  if (!need_mask_grad) return {dq, dk, dv, std::nullopt};
+  if (dsink.has_value()) dsink = sum_rows_of_heads(*dsink);
+  if (!need_mask_grad) return {dq, dk, dv, std::nullopt, dsink};
 
   LLMOPS_CHECK(p.mask_kind == ScoreMask::additive, kName,
                ": only a floating-point mask has a gradient");
   Tensor dmask = new_output(q, shape_of(*mask), ScalarType::Float);
-  if (dmask.numel() == 0) return {dq, dk, dv, dmask};
+  if (dmask.numel() == 0) return {dq, dk, dv, dmask, dsink};
   const int64_t shift = 4 - mask->dim();
   for (int64_t d = 0; d < 4; ++d) {
     g.dmask_size[d] = d < shift ? 1 : mask->size(d - shift);
@@ -269,21 +354,24 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd_cpu(
     const Scratch scratch(mask_bytes);
     mask_kernel(g, task, scratch.data());
   });
-  return {dq, dk, dv, dmask};
+  return {dq, dk, dv, dmask, dsink};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> "
-      "(Tensor, Tensor)");
-  // dmask is float32, whatever the mask is.
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+      "int window_left=-1, int window_right=-1, Tensor? alibi_slopes=None, float softcap=0.0, "
+      "Tensor? sinks=None, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)");
+  // dmask is float32, whatever the mask is; dsinks too.
   m.def(
       "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? "
       "mask, "
-      "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad) -> "
-      "(Tensor, Tensor, Tensor, Tensor?)");
+      "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad, "
+      "int window_left=-1, int window_right=-1, Tensor? alibi_slopes=None, float softcap=0.0, "
+      "Tensor? sinks=None, float dropout_p=0.0, Tensor? seed=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor?, Tensor?)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cpu));

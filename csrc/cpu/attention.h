@@ -1,8 +1,11 @@
 // Attention over tiles with an online softmax: O(T) memory, no T x T buffer in either direction.
-//   s[t,j] = scale * q[t] . k[j] + mask[t,j], -inf where masked or j > t + Tk - Tq (causal)
-//   lse[t] = log sum_j exp(s[t,j]),  out[t] = sum_j exp(s[t,j] - lse[t]) v[j]
-//   backward: P = exp(s - lse), dS = P * (dout . v - delta + dlse), delta = dout . out;
-//   dv = P^T dout, dk = scale * dS^T q, dq = scale * dS k, dmask = dS
+//   s[t,j] = cap(scale * q[t] . k[j]) - slope * |d| + mask[t,j],  d = j - (t + Tk - Tq),
+//            -inf where masked, d > right (0 if causal) or d < -left;  cap(x) = c tanh(x / c)
+//   lse[t] = log(exp(sink) + sum_j exp(s[t,j])),  out[t] = sum_j exp(s[t,j] - lse[t]) z[t,j] v[j],
+//            z = 1, or with dropout Bernoulli(1 - p) / (1 - p)
+//   backward: P = exp(s - lse), dS = P * (z * (dout . v) - delta), delta = dout . out - dlse;
+//   dv = (P * z)^T dout, dmask = dS, dsink = -sum_t exp(sink - lse) delta, and with
+//   dX = dS * cap'(.):  dk = scale * dX^T q, dq = scale * dX k
 // Dao et al. 2022, 2023. Grouped-query heads: query head h reads key/value head h / (Hq / Hkv).
 #pragma once
 #include "isa.h"
@@ -21,8 +24,19 @@ struct AttentionPlan {
   bool packed;         // blocks of 64 rows run across the heads of a group (short queries)
   int64_t blocks;      // query blocks per (batch, kv head)
   int64_t splits;      // parts the keys are split into, merged by log-sum-exp
+  int64_t first_key;   // where the first part begins: what no query's window reaches is left out
   int64_t split_keys;  // keys per part
   int64_t parts;       // backward: independent sums for dk and dv per (batch, kv head)
+};
+
+// Which scores' values lose their weight: the element (batch, head, query, key) is dropped where
+// its 32 random bits (attention_dropout.h) are below `below`. `scale`, of what is kept, is
+// 1 / (1 - p), and 0 for p = 1. 0 is no dropout at all: `active` says so.
+struct AttentionDropout {
+  bool active;
+  uint32_t below;
+  float scale;
+  uint64_t seed;
 };
 
 // Strides in elements. The last dimension of q, k, v and of every output is dense.
@@ -30,8 +44,15 @@ struct AttentionParams {
   DType type;
   ScoreMask mask_kind;
   DType mask_type;
-  bool causal;
   float scale;
+  // Query t at position x = t + Tk - Tq sees keys x - left to x + right; -1: without bound. A
+  // causal limit is right = 0.
+  int64_t left, right;
+  float softcap;        // c, or 0
+  const float* slopes;  // ALiBi [B, Hq], or null
+  int64_t slope_stride[2];
+  const float* sinks;  // [Hq], contiguous, or null
+  AttentionDropout dropout;
   int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
   const void *q, *k, *v;  // [B, Hq, Tq, D], [B, Hkv, Tk, D], [B, Hkv, Tk, Dv]
   const void* mask;       // broadcast to [B, Hq, Tq, Tk] by its strides
@@ -51,6 +72,7 @@ struct AttentionGradParams {
   void *dq, *dk, *dv;
   int64_t dq_stride[3], dk_stride[3], dv_stride[3];
   float* partial;  // [B * Hkv, parts, Tk, padded D + padded Dv]; parts > 1
+  float* dsink;    // [B, Hq, Tq], what each row adds to its head's gradient, or null
   float* dmask;    // fp32, the mask's own sizes, contiguous: strides below, or null
   int64_t dmask_size[4], dmask_stride[4];
 };

@@ -7,6 +7,7 @@
 // keys. 10 * Tq * Tk * D flops per head. What the causal limit hides is skipped as in the forward.
 #include "attention.h"
 
+#include "attention_dropout.h"
 #include "attention_grad.h"
 #include "attention_score.h"
 #include "attention_tile.h"
@@ -31,7 +32,7 @@ struct Scratch {
 
 LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
 
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   Scratch s{};
@@ -53,10 +54,10 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
     s.k = arena.take<float>(kGradKeys * dim);
     s.v = arena.take<float>(kGradKeys * dim_v);
   }
-  if (kMods & kMasked) s.bias = arena.take<float>(mask_scratch(kGradKeys));
+  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kGradKeys));
   s.factor = arena.take<float>(kLanes);
   s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
-  s.lanes = take_grad_lanes(arena);
+  s.lanes = take_grad_lanes(p, arena);
   return s;
 }
 
@@ -105,34 +106,34 @@ LLMOPS_INLINE Cells key_cells(const T* rows, int64_t stride, int keys, int64_t d
 
 template <bool kPairs, bool kNatural>
 LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, Vec factor) {
-  grad_lanes<kNatural>(s.lanes, s.s, s.dp, j, visible, keys, factor,
-                       [&](int k, int count, Vec p0, Vec ds0, Vec p1, Vec ds1)
-                           __attribute__((always_inline)) {
-                             const int at = k * kLanes + j * W;
-                             if constexpr (kPairs) {
+  grad_lanes<kNatural, true>(
+      s.lanes, s.s, s.dp, j, visible, keys, factor,
+      [&](int k, int count, Vec p0, Vec ds0, Vec p1, Vec ds1) __attribute__((always_inline)) {
+        const int at = k * kLanes + j * W;
+        if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-                               store(s.p16 + at, p0);
-                               store(s.ds16 + at, ds0);
-                               store(s.ds_pairs + k / 2 * kLanes + j * W, make_pairs(ds0, ds1));
-                               if (count == 2) {
-                                 store(s.p16 + at + kLanes, p1);
-                                 store(s.ds16 + at + kLanes, ds1);
-                               }
+          store(s.p16 + at, p0);
+          store(s.ds16 + at, ds0);
+          store(s.ds_pairs + k / 2 * kLanes + j * W, make_pairs(ds0, ds1));
+          if (count == 2) {
+            store(s.p16 + at + kLanes, p1);
+            store(s.ds16 + at + kLanes, ds1);
+          }
 #endif
-                             } else {
-                               store(s.s + at, p0);
-                               store(s.dp + at, ds0);
-                               if (count == 2) {
-                                 store(s.s + at + kLanes, p1);
-                                 store(s.dp + at + kLanes, ds1);
-                               }
-                             }
-                           });
+        } else {
+          store(s.s + at, p0);
+          store(s.dp + at, ds0);
+          if (count == 2) {
+            store(s.s + at + kLanes, p1);
+            store(s.dp + at + kLanes, ds1);
+          }
+        }
+      });
 }
 
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 struct Backward {
-  static constexpr bool kNatural = kMods != kPlain;
+  static constexpr bool kNatural = kForm;
   const AttentionGradParams& g;
   const AttentionParams& p;
   const Scratch& s;
@@ -148,15 +149,19 @@ struct Backward {
     const Cells k_cells = key_cells<T, kPairs>(k, p.k_stride[2], keys, p.dim, s.k);
     scores<kPairs>(k_cells, s.q, kPairs ? (p.dim + 1) / 2 : p.dim, keys, block.vecs, visible, s.s,
                    nullptr);
-    if (kMods != kPlain || key + keys > block.full)
-      modify_scores<kMods>(p, block, key, keys, visible, s.s, s.bias, nullptr);
+    if (kForm || block.cuts(key, keys))
+      modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, nullptr, s.lanes.slope);
     return k_cells;
   }
 
+  float sink_weight(int i) const { return exp_scalar(p.sinks[block.head[i]] - s.lanes.lse[i]); }
+
   void normalize() const {
     for (int j = 0; j < block.vecs; ++j) store(s.lanes.norm + j * W, zero());
+    if (p.sinks)
+      for (int i = 0; i < block.count; ++i) s.lanes.norm[i] = sink_weight(i);
     int visible[kBlockVecs];
-    for (int64_t key = 0; key < block.end; key += kGradKeys) {
+    for (int64_t key = block.begin; key < block.end; key += kGradKeys) {
       block_scores(key, static_cast<int>(min64(kGradKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
         Vec sum = load(s.lanes.norm + j * W);
@@ -182,6 +187,7 @@ struct Backward {
     const Cells v_cells = key_cells<T, kPairs>(v, p.v_stride[2], keys, p.dim_v, s.v);
     scores<kPairs>(v_cells, s.g, kPairs ? (p.dim_v + 1) / 2 : p.dim_v, keys, block.vecs, visible,
                    s.dp, nullptr);
+    if (kForm && s.lanes.keep) dropout_weights(p, block, key, visible, s.lanes.keep);
     for (int j = 0; j < block.vecs; ++j)
       if (visible[j] > 0) grad_block<kPairs, kNatural>(s, j, visible[j], keys, factor());
 
@@ -227,7 +233,12 @@ struct Backward {
       store(s.factor + j * W, set1(p.scale));
     }
     if (kNatural && needs_norm(block, s.lanes)) normalize();
-    for (int64_t key = 0; key < block.end; key += kGradKeys)
+    if (kForm && g.dsink) {
+      for (int i = 0; i < block.count; ++i)
+        g.dsink[(block.batch * p.heads + block.head[i]) * p.queries + block.token[i]] =
+            -sink_weight(i) * s.lanes.norm[i] * s.lanes.delta[i];
+    }
+    for (int64_t key = block.begin; key < block.end; key += kGradKeys)
       add_keys(key, static_cast<int>(min64(kGradKeys, block.end - key)));
     T* dq[kLanes];
     block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
@@ -250,11 +261,11 @@ LLMOPS_INLINE void write_row(const AttentionGradParams& g, int64_t group, int64_
   for (int64_t d = 0; d < p.dim_v; d += W) store_some(dv_row + d, load(dv + d), p.dim_v - d);
 }
 
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratch) {
   const AttentionParams& p = g.fwd;
   Arena arena{static_cast<char*>(scratch)};
-  const Scratch s = layout<T, kPairs, kMods>(p, arena);
+  const Scratch s = layout<T, kPairs, kForm>(p, arena);
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   const int64_t group = task / p.plan.parts, part = task % p.plan.parts;
   float* sums = p.plan.parts > 1 ? g.partial + task * p.keys * (dim + dim_v)
@@ -262,7 +273,7 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   fill_zero(sums, p.keys * (dim + dim_v));
   fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
   QueryBlock block;
-  const Backward<T, kPairs, kMods> backward{g, p, s, block, sums, sums + p.keys * dim};
+  const Backward<T, kPairs, kForm> backward{g, p, s, block, sums, sums + p.keys * dim};
   for (int64_t index = part; index < p.plan.blocks; index += p.plan.parts)
     backward.run_block(group, index);
   if (p.plan.parts > 1) return;
@@ -272,10 +283,10 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
 
 template <class T, bool kPairs>
 LLMOPS_INLINE void dispatch(const AttentionGradParams& g, int64_t task, void* scratch) {
-  if (g.fwd.mask_kind == ScoreMask::none) {
-    run<T, kPairs, kPlain>(g, task, scratch);
+  if (is_modified(g.fwd)) {
+    run<T, kPairs, kModified>(g, task, scratch);
   } else {
-    run<T, kPairs, kMasked>(g, task, scratch);
+    run<T, kPairs, kPlain>(g, task, scratch);
   }
 }
 
@@ -285,8 +296,8 @@ int64_t attention_bwd_width(const AttentionParams& p) { return padded(p.dim) + p
 
 int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   Arena arena{nullptr}, pairs{nullptr};
-  layout<bf16, false, kMasked>(g.fwd, arena);
-  layout<bf16, true, kMasked>(g.fwd, pairs);
+  layout<bf16, false, kModified>(g.fwd, arena);
+  layout<bf16, true, kModified>(g.fwd, pairs);
   const int64_t fixed =
       max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
   return fixed + (g.fwd.plan.parts > 1 ? 0 : g.fwd.keys * attention_bwd_width(g.fwd) * 4 + 64);

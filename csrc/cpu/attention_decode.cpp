@@ -167,15 +167,22 @@ LLMOPS_INLINE void value_run(const T* v, int64_t stride, int keys, int64_t dim, 
   }
 }
 
-// Row r's scores of keys [key, key + keys) become weights; m, l and o follow. `visible` of them
-// count, the rest become 0. Modifiers as in modify_scores, along a row.
-template <unsigned kMods>
+// Row r's scores of keys [key, key + keys) become weights; m, l and o follow. Those from `hidden`
+// to `visible` count, the rest become 0. Modifiers as in modify_scores, along a row.
+template <bool kForm>
 LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& block, Scratch& s,
-                                int r, int64_t key, int keys, int visible) {
-  constexpr bool kNatural = kMods != kPlain;
+                                int r, int64_t key, int keys) {
+  constexpr bool kNatural = kForm;
   const float scale = split_scale(p.scale).score;
   const Vec factor = set1(kNatural ? kLog2e : scale * kLog2e);
+  const int visible = clamp_int(block.limit[r] - key, 0, keys);
+  const int hidden = clamp_int(block.start[r] - key, 0, visible);
   float* row = s.s + r * kRun;
+  float slope = 0.0f, lanes[W];
+  if (kForm && p.slopes)
+    slope = p.slopes[block.batch * p.slope_stride[0] + block.head[r] * p.slope_stride[1]];
+  for (int i = 0; i < W; ++i) lanes[i] = static_cast<float>(i);
+  const int64_t offset = key - (block.token[r] + p.keys - p.queries);
   const int64_t step = p.mask_stride[3];
   const int64_t at = block.batch * p.mask_stride[0] + block.head[r] * p.mask_stride[1] +
                      block.token[r] * p.mask_stride[2] + key * step;
@@ -183,19 +190,22 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   for (int i = 0; i < visible; i += W) {
     const int n = visible - i < W ? visible - i : W;
     Vec x = load_n(row + i, n, -kInf);
-    if constexpr (kNatural) x = x * set1(scale);
-    if constexpr ((kMods & kMasked) != 0) {
-      Vec bias = zero();
+    if constexpr (kForm) {
+      x = p.softcap == 0.0f ? x * set1(scale) : set1(p.softcap) * tanh(x * set1(scale / p.softcap));
+      if (p.slopes)
+        x = fnma(set1(slope), abs(load(lanes) + set1(static_cast<float>(offset + i))), x);
       if (p.mask_kind == ScoreMask::boolean) {
-        bias = mask_values(static_cast<const uint8_t*>(p.mask) + at + i * step, step, n);
-      } else {
+        const Vec bias = mask_values(static_cast<const uint8_t*>(p.mask) + at + i * step, step, n);
+        x = select(equal(bias, zero()), x, bias);
+      } else if (p.mask_kind == ScoreMask::additive) {
         LLMOPS_DISPATCH(p.mask_type, M, {
-          bias = mask_values(static_cast<const M*>(p.mask) + at + i * step, step, n);
+          const Vec bias = mask_values(static_cast<const M*>(p.mask) + at + i * step, step, n);
+          x = select(equal(bias, set1(-kInf)), bias, x + bias);
         });
       }
-      x = select(equal(bias, set1(-kInf)), bias, x + bias);
       x = select(first_n(n), x, set1(-kInf));
     }
+    if (i < hidden) x = select(lanes_ge(hidden - i), x, set1(-kInf));
     store_n(row + i, x, n);
     top = max(x, top);
   }
@@ -222,7 +232,7 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   for (int64_t d = 0; d < p.dim_v; d += W) store(o + d, load(o + d) * set1(alpha));
 }
 
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   Scratch s = layout(p, arena);
@@ -252,8 +262,16 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
     }
   }
 
-  const int64_t begin = split * p.plan.split_keys;
-  const int64_t end = min64(block.end, begin + p.plan.split_keys);
+  if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
+    for (int r = 0; r < block.count; ++r) {
+      s.m[r] = p.sinks[block.head[r]];
+      s.l[r] = s.m[r] == -kInf ? 0.0f : 1.0f;
+    }
+  }
+
+  const int64_t part = p.plan.first_key + split * p.plan.split_keys;
+  const int64_t begin = max64(block.begin, part);
+  const int64_t end = min64(block.end, part + p.plan.split_keys);
   for (int64_t key = begin; key < end; key += kRun) {
     const int keys = static_cast<int>(min64(kRun, end - key));
     const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
@@ -265,16 +283,14 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
     } else {
       score_run<T, kPairs, kRowTile>(k, p.k_stride[2], keys, p.dim, block.count, s.q, ldq, s.s);
     }
-    for (int r = 0; r < block.count; ++r)
-      softmax_row<kMods>(p, block, s, r, key, keys, clamp_int(block.limit[r] - key, 0, keys));
+    for (int r = 0; r < block.count; ++r) softmax_row<kForm>(p, block, s, r, key, keys);
     value_run<T, kPairs>(v, p.v_stride[2], keys, p.dim_v, block.count, s.s, s.o, dim_v);
   }
 
   const int64_t rows = block.count, width = p.dim_v + 1;
   for (int r = 0; r < rows; ++r) {
     const float l = s.l[r];
-    const float lse =
-        l == 0.0f ? -kInf : s.m[r] * (kMods != kPlain ? 1.0f : kLn2) + __builtin_logf(l);
+    const float lse = l == 0.0f ? -kInf : s.m[r] * (kForm ? 1.0f : kLn2) + __builtin_logf(l);
     const float* o = s.o + r * dim_v;
     const Vec norm = set1(1.0f / l);
     if (p.plan.splits == 1) {
@@ -294,10 +310,10 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
 
 template <class T, bool kPairs>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
-  if (p.mask_kind == ScoreMask::none) {
-    run<T, kPairs, kPlain>(p, task, scratch);
+  if (is_modified(p)) {
+    run<T, kPairs, kModified>(p, task, scratch);
   } else {
-    run<T, kPairs, kMasked>(p, task, scratch);
+    run<T, kPairs, kPlain>(p, task, scratch);
   }
 }
 

@@ -6,6 +6,7 @@
 // fixed order, and writes each element once. 4 * Tq * Tk * D flops per head.
 #include "attention.h"
 
+#include "attention_dropout.h"
 #include "attention_grad.h"
 #include "attention_score.h"
 #include "attention_tile.h"
@@ -32,7 +33,7 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   s.v = arena.take<float>(kGradKeys * dim_v);
   s.bias = arena.take<float>(mask_scratch(kGradKeys));
   s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
-  s.lanes = take_grad_lanes(arena);
+  s.lanes = take_grad_lanes(p, arena);
   return s;
 }
 
@@ -61,15 +62,16 @@ LLMOPS_OUTLINE void add_block(const AttentionGradParams& g, const QueryBlock& bl
   widen_rows(row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key),
              p.v_stride[2], keys, p.dim_v, s.v, dim_v);
   scores<false>(cells(s.k, dim * 4, 4), s.q, p.dim, keys, block.vecs, visible, s.s, nullptr);
-  modify_scores<kMasked>(p, block, key, keys, visible, s.s, s.bias, nullptr);
+  modify_scores<kModified>(p, block, key, keys, visible, s.s, s.bias, nullptr, nullptr);
+  if (s.lanes.keep) dropout_weights(p, block, key, visible, s.lanes.keep);
   scores<false>(cells(s.v, dim_v * 4, 4), s.g, p.dim_v, keys, block.vecs, visible, s.dp, nullptr);
   for (int j = 0; j < block.vecs; ++j) {
-    grad_lanes<true>(s.lanes, s.s, s.dp, j, visible[j], keys, set1(kLog2e),
-                     [&](int k, int count, Vec, Vec ds0, Vec, Vec ds1) {
-                       float* sum = s.sum + k * kLanes + j * W;
-                       store(sum, load(sum) + ds0);
-                       if (count == 2) store(sum + kLanes, load(sum + kLanes) + ds1);
-                     });
+    grad_lanes<true, false>(s.lanes, s.s, s.dp, j, visible[j], keys, set1(kLog2e),
+                            [&](int k, int count, Vec, Vec ds0, Vec, Vec ds1) {
+                              float* sum = s.sum + k * kLanes + j * W;
+                              store(sum, load(sum) + ds0);
+                              if (count == 2) store(sum + kLanes, load(sum + kLanes) + ds1);
+                            });
   }
 }
 
@@ -100,7 +102,7 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
       for (int64_t i = blocks.begin; i < blocks.end; ++i) {
         begin_block(p, b * p.kv_heads + h / heads_per_group,
                     h % heads_per_group * blocks_per_head + i, block);
-        if (block.end <= keys.begin) continue;
+        if (block.end <= keys.begin || block.begin >= keys.end) continue;
         const T *q[kLanes], *grad[kLanes];
         begin_grad_block<T, true>(g, block, static_cast<const T*>(s.zeros), s.lanes, q, grad);
         pack_lanes(q, block.count, p.dim, split_scale(p.scale).query, s.q);

@@ -8,6 +8,7 @@
 // 4 * Tq * Tk * D flops per head; K and V are read once per 64 queries.
 #include "attention.h"
 
+#include "attention_dropout.h"
 #include "attention_score.h"
 #include "attention_tile.h"
 #include "simd.h"
@@ -24,10 +25,11 @@ struct Scratch {
   float* o;                    // [padded Dv][64]
   float *k, *v;                // a block of keys and values, widened or paired
   float* bias;                 // the mask of a block
+  float* keep;                 // [kKeys][64], or null without dropout
   float *m, *l, *alpha, *top;  // [64]
 };
 
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   Scratch s{};
@@ -42,7 +44,8 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
     s.k = arena.take<float>(kKeys * dim);
     s.v = arena.take<float>(kKeys * dim_v);
   }
-  if (kMods & kMasked) s.bias = arena.take<float>(mask_scratch(kKeys));
+  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kKeys));
+  if (kForm && p.dropout.active) s.keep = arena.take<float>(kKeys * kLanes);
   s.m = arena.take<float>(kLanes);
   s.l = arena.take<float>(kLanes);
   s.alpha = arena.take<float>(kLanes);
@@ -67,12 +70,18 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor)
     const Vec x = load(s.s + k * kLanes + j * W);
     return exp2_softmax(kNatural ? (x - shift) * factor : fma(x, factor, minus));
   };
+  // Dropout spares the normalizer: what is summed is not what multiplies V.
+  const auto kept = [&](int k, Vec x) __attribute__((always_inline)) {
+    if constexpr (!kNatural) return x;
+    return s.keep ? x * load(s.keep + k * kLanes + j * W) : x;
+  };
   Vec sum0 = load(s.l + j * W) * alpha, sum1 = zero();
   int k = 0;
   _Pragma("GCC unroll 4") for (; k + 2 <= keys; k += 2) {
-    const Vec a = probability(k), b = probability(k + 1);
+    Vec a = probability(k), b = probability(k + 1);
     sum0 = sum0 + a;
     sum1 = sum1 + b;
+    a = kept(k, a), b = kept(k + 1, b);
     if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
       store(s.pairs + k / 2 * kLanes + j * W, make_pairs(a, b));
@@ -83,8 +92,9 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor)
     }
   }
   if (k < keys) {
-    const Vec a = probability(k);
+    Vec a = probability(k);
     sum0 = sum0 + a;
+    a = kept(k, a);
     if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
       store(s.pairs + k / 2 * kLanes + j * W, make_pairs(a, zero()));
@@ -97,10 +107,10 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor)
 }
 
 // Keys [key, key + keys) for the block's rows.
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                             int64_t key, int keys) {
-  constexpr bool kNatural = kMods != kPlain;
+  constexpr bool kNatural = kForm;
   const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
   const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
@@ -127,8 +137,9 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   }
   scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
 
-  if (kMods != kPlain || key + keys > block.full)
-    modify_scores<kMods>(p, block, key, keys, visible, s.s, s.bias, s.top);
+  if (kForm || block.cuts(key, keys))
+    modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
+  if (kForm && s.keep) dropout_weights(p, block, key, visible, s.keep);
   const Vec factor = set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e);
   for (int j = 0; j < block.vecs; ++j) {
     if (visible[j] > 0) softmax_lanes<kPairs, kNatural>(s, j, visible[j], factor);
@@ -148,10 +159,10 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   update_lanes<kPairs>(v_cells, p.dim_v, kPairs ? s.pairs : s.s, block.vecs, visible, s.o, s.alpha);
 }
 
-template <class T, bool kPairs, unsigned kMods>
+template <class T, bool kPairs, bool kForm>
 void run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
-  const Scratch s = layout<T, kPairs, kMods>(p, arena);
+  const Scratch s = layout<T, kPairs, kForm>(p, arena);
   const int64_t split = task % p.plan.splits;
   task /= p.plan.splits;
   // The last block of a head first: under a causal mask it is the longest.
@@ -175,17 +186,25 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
     for (int64_t d = 0; d < p.dim_v; ++d) store(s.o + d * kLanes + j * W, zero());
   }
 
-  const int64_t begin = split * p.plan.split_keys;
-  const int64_t end = min64(block.end, begin + p.plan.split_keys);
+  if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
+    for (int i = 0; i < block.count; ++i) {
+      s.m[i] = p.sinks[block.head[i]];
+      s.l[i] = s.m[i] == -kInf ? 0.0f : 1.0f;
+    }
+  }
+
+  const int64_t part = p.plan.first_key + split * p.plan.split_keys;
+  const int64_t begin = max64(block.begin, part);
+  const int64_t end = min64(block.end, part + p.plan.split_keys);
   if (end > begin) {
     // Blocks of equal size, so that the last one is not a sliver.
     const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
     const int64_t step = round_up((end - begin + blocks - 1) / blocks, kTileRows);
     for (int64_t key = begin; key < end; key += step)
-      add_keys<T, kPairs, kMods>(p, block, s, key, static_cast<int>(min64(step, end - key)));
+      add_keys<T, kPairs, kForm>(p, block, s, key, static_cast<int>(min64(step, end - key)));
   }
 
-  const float unit = kMods != kPlain ? 1.0f : kLn2;
+  const float unit = kForm ? 1.0f : kLn2;
   float lse[kLanes];
   for (int j = 0; j < block.vecs; ++j) {
     const Vec l = load(s.l + j * W);
@@ -212,10 +231,10 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
 
 template <class T, bool kPairs>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
-  if (p.mask_kind == ScoreMask::none) {
-    run<T, kPairs, kPlain>(p, task, scratch);
+  if (is_modified(p)) {
+    run<T, kPairs, kModified>(p, task, scratch);
   } else {
-    run<T, kPairs, kMasked>(p, task, scratch);
+    run<T, kPairs, kPlain>(p, task, scratch);
   }
 }
 
@@ -228,9 +247,9 @@ LLMOPS_INLINE bool use_pairs(const AttentionParams& p) {
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {
   Arena arena{nullptr};
-  layout<bf16, false, kMasked>(p, arena);
+  layout<bf16, false, kModified>(p, arena);
   Arena pairs{nullptr};
-  layout<bf16, true, kMasked>(p, pairs);
+  layout<bf16, true, kModified>(p, pairs);
   return max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
 }
 

@@ -20,12 +20,17 @@ struct GradLanes {
   float* lse;    // in the unit of the scores' exponent; +inf for a row that saw nothing
   float* delta;  // dout . out - dlse
   float* norm;   // what is left to divide P by: 1, unless lse is too large to resolve it
+  // Of a block of keys, [kGradKeys][64], or null:
+  float* keep;   // dropout's factor of P
+  float* slope;  // the soft cap's derivative
 };
-LLMOPS_INLINE GradLanes take_grad_lanes(Arena& arena) {
-  GradLanes lanes;
+LLMOPS_INLINE GradLanes take_grad_lanes(const AttentionParams& p, Arena& arena) {
+  GradLanes lanes{};
   lanes.lse = arena.take<float>(kLanes);
   lanes.delta = arena.take<float>(kLanes);
   lanes.norm = arena.take<float>(kLanes);
+  if (p.dropout.active) lanes.keep = arena.take<float>(kGradKeys * kLanes);
+  if (p.softcap != 0.0f) lanes.slope = arena.take<float>(kGradKeys * kLanes);
   return lanes;
 }
 
@@ -77,8 +82,9 @@ LLMOPS_INLINE Vec probability(Vec score, Vec lse, Vec factor) {
   return exp2_softmax(kNatural ? (score - lse) * factor : fma(score, factor, zero() - lse));
 }
 
-// s, dp [keys][64]: scores become P, dP becomes dS (unscaled), for vector j; zeros to tile_end.
-template <bool kNatural, class Store>
+// s, dp [keys][64]: scores become P (as it multiplied V), dP becomes dS (unscaled; kCapped: before
+// the soft cap), for vector j; zeros to tile_end.
+template <bool kNatural, bool kCapped, class Store>
 LLMOPS_INLINE void grad_lanes(const GradLanes& lanes, const float* s, const float* dp, int j,
                               int visible, int keys, Vec factor, const Store& put) {
   const Vec lse = load(lanes.lse + j * W), delta = load(lanes.delta + j * W);
@@ -86,7 +92,15 @@ LLMOPS_INLINE void grad_lanes(const GradLanes& lanes, const float* s, const floa
   const auto cell = [&](int k, Vec& p, Vec& ds) __attribute__((always_inline)) {
     p = probability<kNatural>(load(s + k * kLanes + j * W), lse, factor);
     if (kNatural) p = p * norm;
-    ds = p * (load(dp + k * kLanes + j * W) - delta);
+    const int at = k * kLanes + j * W;
+    if (kNatural && lanes.keep) {
+      const Vec keep = load(lanes.keep + at);
+      ds = p * fma(load(dp + at), keep, zero() - delta);
+      p = p * keep;
+    } else {
+      ds = p * (load(dp + at) - delta);
+    }
+    if (kNatural && kCapped && lanes.slope) ds = ds * load(lanes.slope + at);
   };
   int k = 0;
   Vec p0, ds0, p1, ds1;

@@ -1,17 +1,22 @@
 // Which rows a block of queries holds, which keys they see, and what happens to their scores
 // between the two matrix products.
 //
-// Score modifiers are compile-time bits. A modified block holds natural logits (scale applied,
-// -inf where dropped); an unmodified one holds raw q . k, the scale folded into the exponential.
-// A further modifier (softcap, ALiBi, a window) is one more bit, one more line in modify_scores
-// and, where it narrows the keys, in begin_block: the tile loops stay as they are.
+// The tile loops exist twice, plain and modified. A modified block holds natural logits (scale
+// applied, -inf where dropped); a plain one holds raw q . k, the scale folded into the exponential.
+// Which modifiers change the scores is known to modify_scores alone, bit by bit; what narrows the
+// keys (causal, a window) belongs to begin_block and costs the same in both forms.
 #pragma once
 #include "attention_tile.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-enum : unsigned { kPlain = 0, kMasked = 1u << 0 };
+// Whether the kernel's modified form is needed, and (as template argument) which one this is.
+enum : bool { kPlain = false, kModified = true };
+LLMOPS_INLINE bool is_modified(const AttentionParams& p) {
+  return p.mask_kind != ScoreMask::none || p.softcap != 0.0f || p.slopes || p.sinks ||
+         p.dropout.active;
+}
 
 // Up to 64 query rows of one (batch, kv head).
 struct QueryBlock {
@@ -19,9 +24,12 @@ struct QueryBlock {
   int64_t first;    // first row, counted head * Tq + token within the group
   int count, vecs;  // rows, and the vectors they fill
   int64_t head[kLanes], token[kLanes];
-  int64_t limit[kLanes];          // row i sees keys [0, limit[i])
-  int64_t vec_limit[kBlockVecs];  // the largest limit in vectors 0..j
-  int64_t full, end;              // every row sees [0, full), none sees past end
+  int64_t start[kLanes], limit[kLanes];  // row i sees keys [start[i], limit[i])
+  int64_t vec_limit[kBlockVecs];         // the largest limit in vectors 0..j
+  int64_t begin, end;                    // no row sees a key outside [begin, end)
+  int64_t full_begin, full_end;          // every row sees all of [full_begin, full_end)
+
+  bool cuts(int64_t key, int keys) const { return key < full_begin || key + keys > full_end; }
 };
 
 [[maybe_unused]] LLMOPS_OUTLINE void begin_block(const AttentionParams& p, int64_t group,
@@ -42,17 +50,21 @@ struct QueryBlock {
   block.count = clamp_int(count, 0, kLanes);
   block.vecs = (block.count + W - 1) / W;
   int64_t head = block.first / p.queries, token = block.first % p.queries;
-  block.full = p.keys;
-  block.end = 0;
+  block.begin = block.full_end = p.keys;
+  block.end = block.full_begin = 0;
   for (int i = 0; i < block.count; ++i) {
     block.head[i] = block.kv_head * heads_per_group + head;
     block.token[i] = token;
-    // Bottom-right alignment: the last query sees every key.
-    const int64_t limit =
-        p.causal ? max64(0, min64(p.keys, token + 1 + p.keys - p.queries)) : p.keys;
+    // Bottom-right alignment: the last query is at the last key.
+    const int64_t position = token + p.keys - p.queries;
+    const int64_t limit = p.right < 0 ? p.keys : max64(0, min64(p.keys, position + p.right + 1));
+    const int64_t start = p.left < 0 ? 0 : max64(0, min64(limit, position - p.left));
+    block.start[i] = start;
     block.limit[i] = limit;
-    block.full = min64(block.full, limit);
+    block.begin = min64(block.begin, start);
     block.end = max64(block.end, limit);
+    block.full_begin = max64(block.full_begin, start);
+    block.full_end = min64(block.full_end, limit);
     block.vec_limit[i / W] = block.end;
     if (++token == p.queries) {
       token = 0;
@@ -136,36 +148,110 @@ LLMOPS_INLINE Scale split_scale(float scale) {
   return scale < 0.0f ? Scale{-1.0f, -scale} : Scale{1.0f, scale};
 }
 
-// Turns raw scores s [keys][64] of the keys from `key` on into modified ones, and drops what the
-// causal limit hides. top, if not null: the lanes' maximum.
-template <unsigned kMods>
-LLMOPS_OUTLINE void modify_scores(const AttentionParams& p, const QueryBlock& block, int64_t key,
-                                  int keys, const int* visible, float* s, float* bias, float* top) {
-  const Vec scale = set1(split_scale(p.scale).score);
-  const int width = kMods & kMasked ? pack_mask(p, block, key, keys, bias) : 0;
-  for (int j = 0; j < block.vecs; ++j) {
-    float limits[W];
-    bool cut = false;
-    for (int i = 0; i < W; ++i) {
-      const int lane = j * W + i;
-      limits[i] = static_cast<float>(
-          lane < block.count ? clamp_int(block.limit[lane] - key, 0, keys) : keys);
-      cut = cut || limits[i] < static_cast<float>(visible[j]);
+enum : unsigned { kMasked = 1u << 0, kSoftcap = 1u << 1, kAlibi = 1u << 2, kRaw = 1u << 3 };
+
+// One vector of lanes, `visible` keys from `key` on: the modifiers that kBits names, in the
+// reference's order, then what the causal limit and the window hide. The lanes' maximum. slope, if
+// not null, receives the derivative of the soft cap.
+template <unsigned kBits>
+LLMOPS_OUTLINE Vec modify_lanes(const AttentionParams& p, const QueryBlock& block, int64_t key,
+                                int visible, int j, float* s, const float* bias, int bias_width,
+                                float* slope) {
+  float starts[W], limits[W], offsets[W] = {}, slopes[W] = {};
+  bool cut_start = false, cut_end = false;
+  for (int i = 0; i < W; ++i) {
+    const int lane = j * W + i;
+    starts[i] = 0.0f;
+    limits[i] = static_cast<float>(visible);
+    if (lane >= block.count) continue;
+    starts[i] = static_cast<float>(clamp_int(block.start[lane] - key, 0, visible));
+    limits[i] = static_cast<float>(clamp_int(block.limit[lane] - key, 0, visible));
+    cut_start = cut_start || starts[i] > 0.0f;
+    cut_end = cut_end || limits[i] < static_cast<float>(visible);
+    if constexpr ((kBits & kAlibi) != 0) {
+      offsets[i] = static_cast<float>(key - (block.token[lane] + p.keys - p.queries));
+      slopes[i] = p.slopes[block.batch * p.slope_stride[0] + block.head[lane] * p.slope_stride[1]];
     }
-    const Vec limit = load(limits);
-    Vec m = set1(-kInf);
-    for (int k = 0; k < visible[j]; ++k) {
-      float* cell = s + k * kLanes + j * W;
-      Vec x = load(cell);
-      if constexpr (kMods != kPlain) x = x * scale;
-      if constexpr ((kMods & kMasked) != 0) {
-        const Vec b = width == 1 ? set1(bias[k]) : load(bias + k * kLanes + j * W);
-        // Compared, not only added: a dropped key stays dropped where its score is inf or NaN.
-        x = select(equal(b, set1(-kInf)), b, x + b);
+  }
+  const Vec start = load(starts), limit = load(limits), scale = set1(split_scale(p.scale).score);
+  const Vec offset = load(offsets), alibi = load(slopes);
+  const Vec cap = set1(p.softcap), into_cap = set1(split_scale(p.scale).score / p.softcap);
+  Vec m = set1(-kInf);
+  for (int k = 0; k < visible; ++k) {
+    float* cell = s + k * kLanes + j * W;
+    const Vec at = set1(static_cast<float>(k));
+    Vec x = load(cell);
+    if constexpr ((kBits & kSoftcap) != 0) {
+      const Vec t = tanh(x * into_cap);
+      x = t * cap;
+      if (slope) store(slope + k * kLanes + j * W, fnma(t, t, set1(1.0f)));
+    } else if constexpr ((kBits & kRaw) == 0) {
+      x = x * scale;
+    }
+    if constexpr ((kBits & kAlibi) != 0) x = fnma(alibi, abs(offset + at), x);
+    if constexpr ((kBits & kMasked) != 0) {
+      const Vec b = bias_width == 1 ? set1(bias[k]) : load(bias + k * kLanes + j * W);
+      // Compared, not only added: a dropped key stays dropped where its score is inf or NaN.
+      x = select(equal(b, set1(-kInf)), b, x + b);
+    }
+    if (cut_end) x = select(less(at, limit), x, set1(-kInf));
+    if (cut_start) x = select(less(at, start), set1(-kInf), x);
+    store(cell, x);
+    m = max(x, m);
+  }
+  return m;
+}
+
+// Turns raw scores s [keys][64] of the keys from `key` on into natural logits (kModified), and
+// drops what the causal limit and the window hide. top, if not null: the lanes' maximum.
+template <bool kForm>
+LLMOPS_OUTLINE void modify_scores(const AttentionParams& p, const QueryBlock& block, int64_t key,
+                                  int keys, const int* visible, float* s, float* bias, float* top,
+                                  float* slope) {
+  unsigned bits = kForm == kPlain ? kRaw : 0u;
+  int width = 0;
+  if (kForm == kModified) {
+    if (p.softcap != 0.0f) bits |= kSoftcap;
+    if (p.slopes) bits |= kAlibi;
+    if (p.mask_kind != ScoreMask::none) {
+      bits |= kMasked;
+      width = pack_mask(p, block, key, keys, bias);
+    }
+  }
+  for (int j = 0; j < block.vecs; ++j) {
+    const auto apply = [&](auto known) {
+      return modify_lanes<static_cast<unsigned>(known.value)>(p, block, key, visible[j], j, s, bias,
+                                                              width, slope);
+    };
+    Vec m = zero();
+    if constexpr (kForm == kPlain) {
+      m = apply(Constant<kRaw>{});
+    } else {
+      switch (bits) {
+        case 0:
+          m = apply(Constant<0>{});
+          break;
+        case 1:
+          m = apply(Constant<1>{});
+          break;
+        case 2:
+          m = apply(Constant<2>{});
+          break;
+        case 3:
+          m = apply(Constant<3>{});
+          break;
+        case 4:
+          m = apply(Constant<4>{});
+          break;
+        case 5:
+          m = apply(Constant<5>{});
+          break;
+        case 6:
+          m = apply(Constant<6>{});
+          break;
+        default:
+          m = apply(Constant<7>{});
       }
-      if (cut) x = select(less(set1(static_cast<float>(k)), limit), x, set1(-kInf));
-      store(cell, x);
-      m = max(x, m);
     }
     if (top) store(top + j * W, m);
   }

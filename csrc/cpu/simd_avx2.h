@@ -142,6 +142,28 @@ LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) {
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
 }
 
+// 32 unsigned bits to a lane, for random numbers.
+struct Bits {
+  __m256i v;
+};
+LLMOPS_INLINE Bits set1_bits(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+LLMOPS_INLINE Bits load_bits(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+LLMOPS_INLINE Bits operator^(Bits a, Bits b) { return {_mm256_xor_si256(a.v, b.v)}; }
+// a * b, 64 bits wide.
+LLMOPS_INLINE void mul_wide(Bits a, uint32_t b, Bits* high, Bits* low) {
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
+  const __m256i even = _mm256_mul_epu32(a.v, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), factor);
+  high->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+// Compared as signed numbers with the top bit flipped.
+LLMOPS_INLINE Mask below(Bits a, uint32_t b) {
+  const __m256i top = _mm256_set1_epi32(static_cast<int>(0x80000000u));
+  const __m256i limit = _mm256_set1_epi32(static_cast<int>(b ^ 0x80000000u));
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, _mm256_xor_si256(a.v, top)))};
+}
+
 // Bit i set where lane i is.
 LLMOPS_INLINE uint32_t mask_bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.v)); }
 LLMOPS_INLINE Mask mask_and(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }

@@ -123,6 +123,25 @@ LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) {
   return {_mm_test_epi8_mask(bytes, bytes)};
 }
 
+// 32 unsigned bits to a lane, for random numbers.
+struct Bits {
+  __m512i v;
+};
+LLMOPS_INLINE Bits set1_bits(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+LLMOPS_INLINE Bits load_bits(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+LLMOPS_INLINE Bits operator^(Bits a, Bits b) { return {_mm512_xor_si512(a.v, b.v)}; }
+// a * b, 64 bits wide.
+LLMOPS_INLINE void mul_wide(Bits a, uint32_t b, Bits* high, Bits* low) {
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_mul_epu32(a.v, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  high->v = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  low->v = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+LLMOPS_INLINE Mask below(Bits a, uint32_t b) {
+  return {_mm512_cmplt_epu32_mask(a.v, set1_bits(b).v)};
+}
+
 // Bit i set where lane i is.
 LLMOPS_INLINE uint32_t mask_bits(Mask m) { return m.v; }
 LLMOPS_INLINE Mask mask_and(Mask a, Mask b) { return {static_cast<__mmask16>(a.v & b.v)}; }

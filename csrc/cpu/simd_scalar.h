@@ -90,6 +90,21 @@ LLMOPS_INLINE Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
 // One byte per lane, non-zero keeps.
 LLMOPS_INLINE Mask load_mask_n(const uint8_t* p, int n) { return {n > 0 && *p != 0}; }
 
+// 32 unsigned bits to a lane, for random numbers.
+struct Bits {
+  uint32_t v;
+};
+LLMOPS_INLINE Bits set1_bits(uint32_t x) { return {x}; }
+LLMOPS_INLINE Bits load_bits(const uint32_t* p) { return {*p}; }
+LLMOPS_INLINE Bits operator^(Bits a, Bits b) { return {a.v ^ b.v}; }
+// a * b, 64 bits wide.
+LLMOPS_INLINE void mul_wide(Bits a, uint32_t b, Bits* high, Bits* low) {
+  const uint64_t product = static_cast<uint64_t>(a.v) * b;
+  high->v = static_cast<uint32_t>(product >> 32);
+  low->v = static_cast<uint32_t>(product);
+}
+LLMOPS_INLINE Mask below(Bits a, uint32_t b) { return {a.v < b}; }
+
 // Bit i set where lane i is.
 LLMOPS_INLINE uint32_t mask_bits(Mask m) { return m.v; }
 LLMOPS_INLINE Mask mask_and(Mask a, Mask b) { return {a.v && b.v}; }

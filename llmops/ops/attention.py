@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmops import reference
 from llmops.backends import get
-from llmops.dispatch import requested, resolve
+from llmops.dispatch import resolve
 from llmops.ops import _check
 from llmops.ops._op import Op
 
@@ -34,7 +34,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention, out = softmax(scale * q k^T + mask) v, never holding the scores.
 
-    s[t, j] = scale * q[t] . k[j] + mask[t, j];  lse[t] = log sum_j exp(s[t, j])
+    s[t, j] = cap(scale * q[t] . k[j]) - slope * |d| + mask[t, j]   d = j - (t + Tk - Tq)
+    lse[t]  = log(exp(sink) + sum_j exp(s[t, j]))                   cap(x) = c tanh(x / c)
     out[t]  = sum_j exp(s[t, j] - lse[t]) v[j]
 
     Causal attention is aligned bottom-right: the last query sees every key. x is seen:
@@ -55,28 +56,39 @@ def attention(
         scale: of the scores; 1/sqrt(D) when None.
         mask: broadcastable to [B, Hq, Tq, Tk], never expanded. bool: True keeps. Float: added to
             the scaled scores, and differentiable.
-        window: (left, right) keys seen on either side, -1 unbounded. Reference only so far.
-        alibi_slopes: [Hq] or [B, Hq]; adds -slope * distance. Reference only so far.
-        softcap: c * tanh(s / c) before masking. Reference only so far.
-        sinks: [Hq], a logit per head that takes weight and gives no value. Reference only so far.
-        dropout_p, generator: not there yet.
+        window: (left, right): query t sees keys with -left <= d <= right, -1 for no bound; with
+            causal, right is 0. transformers' sliding_window=W is causal and left=W-1. The work is
+            O(Tq * window).
+        alibi_slopes: [Hq] or [B, Hq], floating point, used in fp32; takes no gradient on the
+            kernels (one that asks for it goes to the reference).
+        softcap: c > 0, in the unit of the scaled scores; None for no cap.
+        sinks: [Hq], floating point, used in fp32, differentiable: a logit per head that takes
+            weight and has no value, as one more key with v = 0.
+        dropout_p: in [0, 1]: each weight is dropped with this probability and the rest multiplied
+            by 1 / (1 - p); the backward drops the same ones, and lse is that of all. In a module
+            pass `dropout_p if self.training else 0.0`.
+        generator: draws the seed of the dropout, one number per call; torch's default one when
+            None (so torch.manual_seed repeats a run). Without dropout nothing is drawn. Equal
+            seeds drop the same weights on every backend.
         return_lse: also return lse.
         backend: "cpu", "triton", "cuda", "reference" or "auto"; None follows use_backend.
 
     Returns:
         out [B, Hq, Tq, Dv] in q's dtype; with return_lse also lse [B, Hq, Tq], fp32, natural log,
-        differentiable. A row that sees no key: zeros, lse -inf, zero gradients.
+        differentiable. A row that sees no key: zeros, lse -inf (the sink where there is one), zero
+        gradients.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
-        NotImplementedError: an argument that has no kernel yet, or a named backend that cannot
-            serve.
+        NotImplementedError: a named backend cannot serve the call.
 
     Numerics: fp32 softmax and accumulation; on bf16 the weights are rounded to bf16 for the product
     with v, as every flash kernel does. Deterministic, whatever the number of threads. Under
     autocast computed in autocast's dtype, as torch's own is.
 
-    Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
+    Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023. Window: Beltagy et
+    al., "Longformer", 2020. ALiBi: Press et al., 2022. Soft cap: Gemma 2, 2024. Sinks: Xiao et al.,
+    2023; gpt-oss, 2025. Dropout's random numbers: Philox-4x32-10, Salmon et al., 2011.
     """
     if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
         q, k, v, mask = _autocast(q, k, v, mask)
@@ -86,14 +98,18 @@ def attention(
         features = ("mask",)
     if causal:
         features += ("causal",)
-    modified = _modifiers(window, alibi_slopes, softcap, sinks, dropout_p, generator)
-    if modified:
-        features += modified
-        if requested(backend) not in (None, "reference"):
-            raise NotImplementedError(
-                f"llmops.attention: {modified[0]} has no kernel yet; leave it out, or pass "
-                'backend="reference" (plain PyTorch, which holds all scores in memory)'
-            )
+    modifiers = _PLAIN
+    if (
+        window is not None
+        or alibi_slopes is not None
+        or softcap is not None
+        or sinks is not None
+        or dropout_p != 0.0
+    ):
+        modifiers, extra = _checked_modifiers(
+            q, window, alibi_slopes, softcap, sinks, dropout_p, generator
+        )
+        features += extra
     widest = torch.float64 if mask is not None and mask.dtype == torch.float64 else q.dtype
     name = resolve("attention", q.device, widest, features, backend)
     if scale is None:
@@ -107,13 +123,10 @@ def attention(
             causal=causal,
             scale=scale,
             mask=mask,
-            window=window,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            sinks=sinks,
             return_lse=return_lse,
+            **modifiers.of_reference(),
         )
-    out, lse = _attention(q, k, v, mask, causal, scale, name)
+    out, lse = _attention(q, k, v, mask, causal, scale, *modifiers, name)
     return (out, lse) if return_lse else out
 
 
@@ -130,25 +143,91 @@ def _autocast(
     return cast(q), cast(k), cast(v), cast(mask)
 
 
-def _modifiers(
-    window: Any, alibi_slopes: Any, softcap: Any, sinks: Any, dropout_p: float, generator: Any
-) -> tuple[str, ...]:
-    """Names of the score modifiers in use."""
-    if dropout_p != 0.0 or generator is not None:
-        argument = "dropout_p" if dropout_p != 0.0 else "generator"
-        raise NotImplementedError(
-            f"llmops.attention: {argument} is not supported yet; pass dropout_p=0.0 and no "
-            "generator (in a module, dropout_p if self.training else 0.0)"
-        )
-    if window is None and alibi_slopes is None and softcap is None and sinks is None:
-        return ()
-    given = {
-        "window": window,
-        "alibi_slopes": alibi_slopes,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-    return tuple(name for name, value in given.items() if value is not None)
+class Modifiers(NamedTuple):
+    """The score modifiers in the form and order of the operators' arguments."""
+
+    window_left: int = -1
+    window_right: int = -1
+    alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq], fp32
+    softcap: float = 0.0  # 0: none
+    sinks: Tensor | None = None  # [Hq], fp32
+    dropout_p: float = 0.0
+    # int64 [1], a tensor and no number so that a compiled graph draws it anew at each run.
+    seed: Tensor | None = None
+
+    def of_reference(self) -> dict[str, Any]:
+        given = self._asdict()
+        return {"window": (given.pop("window_left"), given.pop("window_right")), **given}
+
+
+_PLAIN = Modifiers()
+
+
+def _checked_modifiers(
+    q: Tensor,
+    window: Any,
+    alibi_slopes: Any,
+    softcap: Any,
+    sinks: Any,
+    dropout_p: float,
+    generator: torch.Generator | None,
+) -> tuple[Modifiers, tuple[str, ...]]:
+    """The modifiers, checked, and the names of those in use."""
+    features: tuple[str, ...] = ()
+    batch, heads = q.shape[0], q.shape[1]
+    left = right = -1
+    if window is not None:
+        if (
+            not isinstance(window, (tuple, list))
+            or len(window) != 2
+            or not all(isinstance(n, int) and n >= -1 for n in window)
+        ):
+            raise ValueError(
+                "llmops.attention: window must be (left, right), two ints >= -1 (-1: no bound); "
+                f"got {window!r}; a sliding window of W keys is causal=True, window=(W - 1, 0)"
+            )
+        left, right = window
+        features += ("window",)
+    # fp64 inputs are served by the reference, in fp64.
+    fp32 = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if alibi_slopes is not None:
+        _check.floating("attention", "alibi_slopes", alibi_slopes)
+        _check.same_device("attention", "q", q, "alibi_slopes", alibi_slopes)
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"llmops.attention: alibi_slopes must be [Hq] or [B, Hq] with B={batch} and "
+                f"Hq={heads}; got shape {tuple(alibi_slopes.shape)}"
+            )
+        features += ("alibi_slopes",)
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            features += ("gradient of alibi_slopes",)
+        alibi_slopes = alibi_slopes.to(fp32)
+    if softcap is not None:
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(
+                f"llmops.attention: softcap must be a finite number > 0; got {softcap}; "
+                "pass None for no cap"
+            )
+        features += ("softcap",)
+    if sinks is not None:
+        _check.floating("attention", "sinks", sinks)
+        _check.same_device("attention", "q", q, "sinks", sinks)
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(
+                f"llmops.attention: sinks must be [Hq] = ({heads},), one logit per query head; "
+                f"got shape {tuple(sinks.shape)}"
+            )
+        features += ("sinks",)
+        sinks = sinks.to(fp32).contiguous()
+    seed = None
+    if dropout_p != 0.0:
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"llmops.attention: dropout_p must be in [0, 1]; got {dropout_p}")
+        features += ("dropout",)
+        seed = reference.dropout_seed(q.device, generator)
+    return Modifiers(
+        left, right, alibi_slopes, softcap or 0.0, sinks, float(dropout_p), seed
+    ), features
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -217,40 +296,50 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    modifiers, backend = Modifiers(*rest[:-1]), rest[-1]
     if backend != "cpu":
         features = (("mask",) if mask is not None else ()) + (("causal",) if causal else ())
         backend = resolve("attention", q.device, q.dtype, features, backend)
     if backend == "reference":
         out, lse = reference.attention(
-            q, k, v, causal=causal, scale=scale, mask=mask, return_lse=True
-        )
+            q, k, v, causal=causal, scale=scale, mask=mask, return_lse=True,
+            **modifiers.of_reference(),
+        )  # fmt: skip
         return _laid_out(out, q), lse.contiguous()
-    return get(backend).attention(q, k, v, mask, causal, scale)
+    return get(backend).attention(q, k, v, mask, causal, scale, *modifiers)
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _heads_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_type)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, ctx.causal, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, mask, *output)
+    q, k, v, mask, ctx.causal, ctx.scale, *modifiers, ctx.backend = inputs
+    named = Modifiers(*modifiers)
+    ctx.save_for_backward(q, k, v, mask, named.alibi_slopes, named.sinks, named.seed, *output)
+    ctx.modifiers = named._replace(alibi_slopes=None, sinks=None, seed=None)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, mask, out, lse = ctx.saved_tensors
+    q, k, v, mask, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 7
+        return (None,) * 14
+    if ctx.needs_input_grad[8]:
+        raise NotImplementedError(
+            "llmops.attention: alibi_slopes takes no gradient on the kernels; detach it, or use "
+            'backend="reference"'
+        )
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     need_mask = mask is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dmask = _attention_bwd(
+    modifiers = ctx.modifiers._replace(alibi_slopes=alibi_slopes, sinks=sinks, seed=seed)
+    dq, dk, dv, dmask, dsinks = _attention_bwd(
         grad_out,
         grad_lse,
         q,
@@ -262,9 +351,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         ctx.causal,
         ctx.scale,
         need_mask,
+        *modifiers,
         ctx.backend,
     )
-    return dq, dk, dv, dmask.to(mask.dtype) if need_mask else None, None, None, None
+    dmask = dmask.to(mask.dtype) if need_mask else None
+    dsinks = dsinks if sinks is not None and ctx.needs_input_grad[10] else None
+    # causal, scale, the window, alibi_slopes, softcap; dropout_p, seed, backend.
+    return dq, dk, dv, dmask, *(None,) * 6, dsinks, *(None,) * 3
 
 
 def _forward_bwd(
@@ -279,18 +372,19 @@ def _forward_bwd(
     causal: bool,
     scale: float,
     need_mask_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    modifiers, backend = rest[:-1], rest[-1]
     if backend != "cpu":
         backend = resolve("attention_bwd", q.device, q.dtype, (), backend)
     arguments = (grad_out, grad_lse, q, k, v, mask, out, lse, causal, scale, need_mask_grad)
     if backend == "reference":
-        dq, dk, dv, dmask = reference.attention_bwd(*arguments)
+        dq, dk, dv, *others = reference.attention_bwd(*arguments, *modifiers)
         dq, dk, dv = _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v)
-        dmask = dmask.contiguous() if dmask is not None else None
+        others = [x.contiguous() if x is not None else None for x in others]
     else:
-        dq, dk, dv, dmask = get(backend).attention_bwd(*arguments)
-    return dq, dk, dv, lse.new_empty(0) if dmask is None else dmask
+        dq, dk, dv, *others = get(backend).attention_bwd(*arguments, *modifiers)
+    return dq, dk, dv, *(lse.new_empty(0) if x is None else x for x in others)
 
 
 def _fake_bwd(
@@ -305,28 +399,34 @@ def _fake_bwd(
     causal: bool,
     scale: float,
     need_mask_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = mask.shape if need_mask_grad and mask is not None else (0,)
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    sinks = Modifiers(*rest[:-1]).sinks
     return (
         _heads_like(q, q.shape[3]),
         _heads_like(k, k.shape[3]),
         _heads_like(v, v.shape[3]),
-        lse.new_empty(shape),
+        lse.new_empty(mask.shape if need_mask_grad and mask is not None else (0,)),
+        lse.new_empty((0,) if sinks is None else sinks.shape),
     )
 
 
+# Modifiers, in its order.
+_MODIFIERS = (
+    "int window_left, int window_right, Tensor? alibi_slopes, float softcap, Tensor? sinks, "
+    "float dropout_p, Tensor? seed"
+)
 _attention_bwd = Op(
     "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
-    "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad, str backend) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
+    "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad, "
+    f"{_MODIFIERS}, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)",
     forward=_forward_bwd,
     fake=_fake_bwd,
     reference=reference.attention_bwd,
 )
 _attention = Op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, str backend)"
-    " -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+    f"{_MODIFIERS}, str backend) -> (Tensor out, Tensor lse)",
     forward=_forward,
     fake=_fake,
     setup=_setup,

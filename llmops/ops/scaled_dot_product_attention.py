@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,8 @@ def scaled_dot_product_attention(
         query: [B, Hq, Tq, D], or [B, Tq, D], or [Tq, D]; fp32/bf16/fp16.
         key, value: [B, Hkv, Tk, D], [B, Hkv, Tk, Dv], or as query without heads.
         attn_mask: bool (True takes part) or float (added), broadcastable to [B, Hq, Tq, Tk].
-        dropout_p: only 0.0 so far.
+        dropout_p: of the weights, in [0, 1], whether or not a module is in training; the seed comes
+            from torch's default generator, and the weights dropped are llmops.attention's.
         is_causal: top-left causal mask; not together with attn_mask.
         scale: 1/sqrt(D) when None.
         enable_gqa: allow fewer key/value heads than query heads.
@@ -48,7 +51,8 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError: attn_mask together with is_causal, as torch.
-        NotImplementedError: dropout.
+        ValueError: dropout_p outside [0, 1].
+        NotImplementedError: a named backend cannot serve the call.
 
     What attention has no form for (more than 4 dimensions, batches that broadcast, fp64, nested
     tensors) goes to torch's own function, unless a backend is named.
@@ -59,10 +63,9 @@ def scaled_dot_product_attention(
             "llmops.scaled_dot_product_attention: attn_mask must be None when is_causal is True; "
             "merge the causal mask into attn_mask"
         )
-    if dropout_p != 0.0:
-        raise NotImplementedError(
-            f"llmops.scaled_dot_product_attention: dropout_p={dropout_p} is not supported yet; "
-            "pass 0.0, or call F.scaled_dot_product_attention"
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(
+            f"llmops.scaled_dot_product_attention: dropout_p must be in [0, 1]; got {dropout_p}"
         )
     reason = _why_not(query, key, value, attn_mask, enable_gqa)
     if reason is not None:
@@ -76,7 +79,7 @@ def scaled_dot_product_attention(
             key,
             value,
             attn_mask=attn_mask,
-            dropout_p=0.0,
+            dropout_p=dropout_p,
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
@@ -84,7 +87,7 @@ def scaled_dot_product_attention(
     missing = 4 - query.dim()
     for _ in range(missing):
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    out = _attend(query, key, value, attn_mask, is_causal, scale, backend)
+    out = _attend(query, key, value, attn_mask, is_causal, scale, dropout_p, backend)
     for _ in range(missing):
         out = out.squeeze(0)
     return out
@@ -97,17 +100,19 @@ def _attend(
     mask: Tensor | None,
     causal: bool,
     scale: float | None,
+    dropout_p: float,
     backend: str | None,
 ) -> Tensor:
+    rest: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "backend": backend}
     queries, keys = q.shape[2], k.shape[2]
     if causal and keys > queries:  # no query sees keys past the last query
         k, v, keys = k[:, :, :queries], v[:, :, :queries], queries
     if causal and queries > keys:  # square on top, and rows that see every key
-        top = attention(q[:, :, :keys], k, v, causal=True, scale=scale, backend=backend)
-        rest = attention(q[:, :, keys:], k, v, scale=scale, backend=backend)
-        assert isinstance(top, Tensor) and isinstance(rest, Tensor)
-        return torch.cat((top, rest), 2)
-    out = attention(q, k, v, causal=causal, scale=scale, mask=mask, backend=backend)
+        top = attention(q[:, :, :keys], k, v, causal=True, **rest)
+        bottom = attention(q[:, :, keys:], k, v, **rest)
+        assert isinstance(top, Tensor) and isinstance(bottom, Tensor)
+        return torch.cat((top, bottom), 2)
+    out = attention(q, k, v, causal=causal, mask=mask, **rest)
     assert isinstance(out, Tensor)
     return out
 

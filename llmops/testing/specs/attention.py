@@ -33,8 +33,16 @@ def samples(make: Make) -> Iterator[Sample]:
     # gradient is not the cancellation of two roundings, as it is in a row that sees one or two.
     few = _qkv(make, 2, (4, 2), (5, 23), 8, 6)
     yield Sample("gqa-causal-lse-5x23", few, {**causal, **lse})
-    yield Sample("addmask-5x23", few, {"mask": make(2, 1, 5, 23), **lse})
+    yield Sample("modified-addmask-5x23", few, {
+        "mask": make(2, 1, 5, 23),
+        "window": (15, 2),
+        "alibi_slopes": _slopes(make, 4),
+        "softcap": 2.0,
+        "sinks": make(4),
+        **lse,
+    })  # fmt: skip
     yield Sample("boolmask-causal-5x23", few, {"mask": make.bools(4, 1, 23), **causal})
+    yield Sample("addmask-5x23", few, {"mask": make(2, 1, 5, 23), **lse})
 
     yield Sample("130x140-d64", _qkv(make, 1, (2, 1), (130, 140), 64), causal)
     yield Sample("70x100-d80x48", _qkv(make, 1, (1, 1), (70, 100), 80, 48), lse)
@@ -84,6 +92,109 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("empty-5x0", _qkv(make, 1, (2, 2), (5, 0), 8), lse)
     yield Sample("empty-batch", _qkv(make, 0, (2, 2), (5, 4), 8), {**causal, **lse})
     yield Sample("empty-heads", _qkv(make, 2, (0, 0), (5, 4), 8))
+    yield from _modified(make)
+
+
+def _slopes(make: Make, *shape: int) -> Tensor:
+    return make(*shape, scale=0.1, grad=False).abs()
+
+
+def _modified(make: Make) -> Iterator[Sample]:
+    """Each score modifier in the tiles, in packed rows, in decode and over split keys; pairs and
+    more of them. Windows keep enough keys for a gradient that is no cancellation, see above."""
+    causal, lse = {"causal": True}, {"return_lse": True}
+    gqa = _qkv(make, 1, (4, 2), (70, 100), 16)
+    packed = _qkv(make, 1, (6, 2), (24, 90), 20)
+    wide = _qkv(make, 2, (2, 2), (70, 100), 32)
+    single = _qkv(make, 2, (2, 1), (1, 90), 20)
+    pair = _qkv(make, 1, (3, 1), (2, 1500), 16)
+    split = _qkv(make, 1, (1, 1), (12, 1300), 8)
+    half = {"dropout_p": 0.5, "dropout_seed": 1}
+    tenth = {"dropout_p": 0.1, "dropout_seed": 2}
+
+    long = _qkv(make, 1, (2, 1), (130, 160), 16)
+    yield Sample("window-130x160", long, {"window": (20, 0), **causal, **lse})
+    yield Sample("window-both-70x100", gqa, {"window": (25, 12), **lse})
+    yield Sample("window-left-24x90", packed, {"window": (30, -1), **lse})
+    yield Sample("window-right-70x100", wide, {"window": (-1, 3)})
+    # One key to a row, and rows before the first key: their gradients are pure cancellation.
+    one = tuple(make(1, 2, t, 16, grad=False) for t in (90, 30, 30))
+    yield Sample("window-one-key-90x30", one, {"window": (0, 0), **lse})
+    yield Sample("window-rows-without-90x30", one, {"window": (3, -1), **causal, **lse})
+    yield Sample("window-decode-1x90", single, {"window": (40, -1), **lse})
+    yield Sample("window-decode-split-2x1500", pair, {"window": (1200, 0), **causal, **lse})
+    yield Sample("window-split-12x1300", split, {"window": (1100, 5), **lse})
+
+    yield Sample("alibi-70x100", gqa, {"alibi_slopes": _slopes(make, 4), **causal, **lse})
+    yield Sample("alibi-batch-70x100", wide, {"alibi_slopes": _slopes(make, 2, 2)})
+    yield Sample("alibi-24x90", packed, {"alibi_slopes": _slopes(make, 6)})
+    yield Sample("alibi-decode-1x90", single, {"alibi_slopes": _slopes(make, 2, 2), **lse})
+
+    yield Sample("softcap-70x100", gqa, {"softcap": 1.5, "scale": 0.6, **lse})
+    yield Sample("softcap-negative-scale-24x90", packed, {"softcap": 3.0, "scale": -0.2, **causal})
+    yield Sample("softcap-decode-1x90", single, {"softcap": 0.8, **lse})
+    yield Sample("softcap-far-70x100", wide, {"softcap": 30.0, "mask": make(70, 100)})
+
+    yield Sample("sinks-70x100", gqa, {"sinks": make(4), **causal, **lse})
+    yield Sample("sinks-24x90", packed, {"sinks": make(6, shift=3.0)})
+    yield Sample("sinks-decode-1x90", single, {"sinks": make(2), **lse})
+    yield Sample("sinks-decode-split-2x1500", pair, {"sinks": make(3, shift=5.0), **lse})
+    yield Sample("sinks-split-12x1300", split, {"sinks": make(1, shift=5.0), **lse})
+    yield Sample("sinks-boolmask-70x100", wide, {
+        "sinks": make(2, grad=False),
+        "mask": make.bools(70, 100, keep=0.03),  # rows that see the sink alone
+        **lse,
+    })  # fmt: skip
+    yield Sample("sinks-5x0", _qkv(make, 1, (2, 2), (5, 0), 8), {"sinks": make(2), **lse})
+
+    yield Sample("dropout-70x100", gqa, {**half, **causal, **lse})
+    yield Sample("dropout-24x90", packed, tenth)
+    yield Sample("dropout-1x90", single, {**half, **lse})
+    yield Sample("dropout-split-12x1300", split, {**tenth, **lse})
+    yield Sample("dropout-all-24x90", packed, {"dropout_p": 1.0, "dropout_seed": 3, **lse})
+
+    yield Sample("window-alibi-70x100", gqa, {
+        "window": (30, 0), "alibi_slopes": _slopes(make, 4), **causal
+    })  # fmt: skip
+    yield Sample("window-sinks-24x90", packed, {"window": (50, 0), "sinks": make(6), **causal})
+    yield Sample("softcap-sinks-70x100", wide, {"softcap": 2.0, "sinks": make(2), **lse})
+    yield Sample("softcap-addmask-70x100", gqa, {"softcap": 2.0, "mask": make(4, 1, 100)})
+    yield Sample("alibi-boolmask-70x100", wide, {
+        "alibi_slopes": _slopes(make, 2), "mask": make.bools(70, 100)
+    })  # fmt: skip
+    yield Sample("dropout-addmask-70x100", gqa, {"mask": make(70, 100), **half})
+    yield Sample("dropout-window-softcap-70x100", wide, {"window": (40, 9), "softcap": 2.0, **half})
+    everything = {"window": (40, 20), "softcap": 2.0, **lse}
+    yield Sample("everything-70x100", gqa, {
+        "alibi_slopes": _slopes(make, 4), "sinks": make(4), "mask": make(4, 70, 100),
+        **everything, **tenth,
+    })  # fmt: skip
+    yield Sample("everything-causal-24x90", packed, {
+        "alibi_slopes": _slopes(make, 6), "sinks": make(6), "mask": make.bools(24, 90),
+        **everything, **half, **causal,
+    })  # fmt: skip
+    yield Sample("everything-decode-1x90", single, {
+        "alibi_slopes": _slopes(make, 2), "sinks": make(2), "mask": make(1, 90), **everything,
+    })  # fmt: skip
+    yield Sample("everything-decode-split-2x1500", pair, {
+        "alibi_slopes": _slopes(make, 3) * 0.01, "sinks": make(3), "mask": make.bools(1500),
+        "window": (1200, 0), "softcap": 2.0, **lse,
+    })  # fmt: skip
+
+
+def _generator(dropout_seed: int | None) -> torch.Generator | None:
+    return None if dropout_seed is None else torch.Generator().manual_seed(dropout_seed)
+
+
+def _attention(*args: Any, dropout_seed: int | None = None, **kwargs: Any) -> Any:
+    return llmops.attention(*args, generator=_generator(dropout_seed), **kwargs)
+
+
+def _reference(*args: Any, dropout_seed: int | None = None, **kwargs: Any) -> Any:
+    seed = None
+    if dropout_seed is not None:
+        seed = reference.dropout_seed(args[0].device, _generator(dropout_seed))
+    return reference.attention(*args, seed=seed, **kwargs)
 
 
 def torch_attention(
@@ -94,10 +205,24 @@ def torch_attention(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """torch's own scaled_dot_product_attention; the log-sum-exp, which it lacks, by hand."""
+    """torch's own scaled_dot_product_attention; what it lacks, by hand."""
+    if softcap is not None or sinks is not None or dropout_p > 0:
+        return _eager_attention(
+            q, k, v, causal, scale, mask, window, alibi_slopes, softcap, sinks,
+            (dropout_p, dropout_seed), return_lse,
+        )  # fmt: skip
     bias = mask
+    if window is not None or alibi_slopes is not None:
+        bias = _added(q, k, causal, mask, window, alibi_slopes)
+        causal = False
     if causal:
         keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         if mask is None:
@@ -127,15 +252,77 @@ def torch_attention(
     return out, torch.logsumexp(scores, -1)
 
 
+def _added(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, window: Any, slopes: Tensor | None
+) -> Tensor:
+    """Everything that is added to the scores, as one mask in q's dtype."""
+    queries, keys = q.shape[2], k.shape[2]
+    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    left, right = window if window is not None else (-1, -1)
+    keep = torch.ones(queries, keys, dtype=torch.bool)
+    if causal:
+        keep &= distance <= 0
+    if left >= 0:
+        keep &= distance >= -left
+    if right >= 0:
+        keep &= distance <= right
+    added = torch.zeros(queries, keys).masked_fill(~keep, -math.inf)
+    if slopes is not None:
+        added = added - slopes[..., None, None].float() * distance.abs()
+    if mask is not None and mask.dtype == torch.bool:
+        added = added.masked_fill(~mask, -math.inf)
+    added = added.to(q.dtype)
+    return added + mask if mask is not None and mask.dtype != torch.bool else added
+
+
+def _eager_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    mask: Tensor | None,
+    window: Any,
+    slopes: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: tuple[float, int | None],
+    return_lse: bool,
+) -> Any:
+    """As models write it: products in q's dtype, softmax in fp32."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float() + _added(q, k, causal, mask, window, slopes)
+    if sinks is not None:
+        column = sinks[None, :, None, None].float().expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), -1)
+    # A row that sees nothing: zeros, not NaN.
+    weights = torch.softmax(scores, -1).masked_fill(scores == -math.inf, 0.0)
+    weights = weights[..., : k.shape[2]].to(q.dtype)
+    if dropout[0] > 0:
+        seed = reference.dropout_seed(q.device, _generator(dropout[1]))
+        weights = weights * reference.dropout_weights(weights.shape, dropout[0], seed).to(q.dtype)
+    out = weights @ v
+    return (out, torch.logsumexp(scores, -1)) if return_lse else out
+
+
 def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
     q, k, v = _qkv(make, 1, (4, 2), (6, 9), 8, 5)
     turned = make(1, 6, 4, 8).detach().transpose(1, 2).requires_grad_()
     mask = make(1, 1, 6, 9)
+    sinks, seed = make(4, dtype=torch.float32), torch.tensor([5])
+    modifiers = (3, -1, _slopes(make, 4).float(), 2.0, sinks, 0.2, seed)
     with torch.no_grad():
-        results = reference.attention(q, k, v, mask=mask, causal=True, scale=0.3, return_lse=True)
+        results = reference.attention(
+            q, k, v, mask=mask, causal=True, scale=0.3, window=(3, -1), alibi_slopes=modifiers[2],
+            softcap=2.0, sinks=sinks, dropout_p=0.2, seed=seed, return_lse=True,
+        )  # fmt: skip
     out, lse = (t.requires_grad_() for t in results)
     return {
-        "attention": (turned, k, v, mask, True, 0.3, "cpu"),
+        "attention": (turned, k, v, mask, True, 0.3, *modifiers, "cpu"),
         "attention_bwd": (
             make(1, 4, 6, 5),
             make(1, 4, 6),
@@ -148,6 +335,7 @@ def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
             True,
             0.3,
             True,
+            *modifiers,
             "cpu",
         ),
     }
@@ -155,8 +343,8 @@ def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
 
 SPEC = OpSpec(
     name="attention",
-    fn=llmops.attention,
-    reference=reference.attention,
+    fn=_attention,
+    reference=_reference,
     torch_fn=torch_attention,
     samples=samples,
     schemas=schemas,
