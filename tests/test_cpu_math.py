@@ -19,7 +19,7 @@ using namespace llmops::cpu::LLMOPS_ISA;
   for (long i = 0; i < n; i += W) { \\
     const int left = n - i < W ? n - i : W; \\
     store_n(y + i, name(load_n(x + i, left)), left); } }
-MAP(exp2) MAP(exp) MAP(sigmoid)
+MAP(exp2) MAP(exp) MAP(sigmoid) MAP(tanh)
 #define CONVERT(T) \\
   extern "C" void widen_##T(const T* x, float* y, long n) { \\
     long i = 0; \\
@@ -81,6 +81,16 @@ def test_cpu_math_exponential_limits(library: ctypes.CDLL, name: str) -> None:
     want = getattr(np, name)(x.astype(np.float64))
     error = np.abs(apply(getattr(library, f"map_{name}"), x, np.float32) - want)
     assert error.max() <= 1.5 * 2.0**-149
+
+
+def test_cpu_math_tanh(library: ctypes.CDLL) -> None:
+    x = np.concatenate([np.linspace(-12, 12, 400_001), np.geomspace(1e-30, 1, 100_000)])
+    x = x.astype(np.float32)
+    want = np.tanh(x.astype(np.float64))
+    error = np.abs(apply(library.map_tanh, x, np.float32) - want)
+    assert bool((error <= 3e-7 * np.abs(want)).all())
+    y = apply(library.map_tanh, np.array([np.nan, np.inf, -np.inf, 0], np.float32), np.float32)
+    assert np.isnan(y[0]) and y[1:].tolist() == [1.0, -1.0, 0.0]
 
 
 def test_cpu_math_sigmoid(library: ctypes.CDLL) -> None:

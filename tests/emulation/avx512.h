@@ -139,6 +139,7 @@ LLMOPS_HALVES_PS(unpackhi_ps)
 LLMOPS_HALVES_INT(and_si512, and_si256)
 LLMOPS_HALVES_INT(or_si512, or_si256)
 LLMOPS_HALVES_INT(xor_si512, xor_si256)
+LLMOPS_HALVES_INT(mul_epu32, mul_epu32)
 LLMOPS_HALVES_INT(add_epi32, add_epi32)
 LLMOPS_HALVES_INT(add_epi16, add_epi16)
 LLMOPS_HALVES_INT(unpacklo_epi16, unpacklo_epi16)
@@ -173,6 +174,16 @@ LLMOPS_EMULATED __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
   using namespace llmops_emulation;
   return wide(_mm256_srli_epi32(as_int(a.low), static_cast<int>(n)),
               _mm256_srli_epi32(as_int(a.high), static_cast<int>(n)));
+}
+LLMOPS_EMULATED __m512i _mm512_slli_epi64(__m512i a, unsigned n) {
+  using namespace llmops_emulation;
+  return wide(_mm256_slli_epi64(as_int(a.low), static_cast<int>(n)),
+              _mm256_slli_epi64(as_int(a.high), static_cast<int>(n)));
+}
+LLMOPS_EMULATED __m512i _mm512_srli_epi64(__m512i a, unsigned n) {
+  using namespace llmops_emulation;
+  return wide(_mm256_srli_epi64(as_int(a.low), static_cast<int>(n)),
+              _mm256_srli_epi64(as_int(a.high), static_cast<int>(n)));
 }
 
 // ---- constants and casts
@@ -266,6 +277,14 @@ LLMOPS_EMULATED void _mm256_mask_storeu_epi16(void* p, __mmask16 m, __m256i a) {
 // ---- comparisons and conversions
 // -----------------------------------------------------------------
 
+LLMOPS_EMULATED __mmask16 _mm512_cmplt_epu32_mask(__m512i a, __m512i b) {
+  using namespace llmops_emulation;
+  const auto less = [](__m256 x, __m256 y) {  // unsigned: a < b where max(a, b) is not a
+    const __m256i more = _mm256_cmpeq_epi32(_mm256_max_epu32(as_int(x), as_int(y)), as_int(x));
+    return ~_mm256_movemask_ps(_mm256_castsi256_ps(more)) & 0xff;
+  };
+  return static_cast<__mmask16>(less(a.low, b.low) | less(a.high, b.high) << 8);
+}
 LLMOPS_EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, how));
   const int high = _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, how));

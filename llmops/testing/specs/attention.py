@@ -111,6 +111,12 @@ def _modified(make: Make) -> Iterator[Sample]:
     single = _qkv(make, 2, (2, 1), (1, 90), 20)
     pair = _qkv(make, 1, (3, 1), (2, 1500), 16)
     split = _qkv(make, 1, (1, 1), (12, 1300), 8)
+    # Many heads: dsinks is a sum over rows that cancels, and a yardstick of few such sums is luck.
+    sink_gqa = _qkv(make, 1, (16, 8), (70, 100), 16)
+    sink_packed = _qkv(make, 1, (18, 6), (24, 90), 20)
+    sink_single = _qkv(make, 2, (16, 4), (1, 90), 20)
+    sink_pair = _qkv(make, 1, (16, 4), (2, 1500), 16)
+    sink_split = _qkv(make, 1, (16, 16), (12, 1300), 8)
     half = {"dropout_p": 0.5, "dropout_seed": 1}
     tenth = {"dropout_p": 0.1, "dropout_seed": 2}
 
@@ -137,14 +143,14 @@ def _modified(make: Make) -> Iterator[Sample]:
     yield Sample("softcap-decode-1x90", single, {"softcap": 0.8, **lse})
     yield Sample("softcap-far-70x100", wide, {"softcap": 30.0, "mask": make(70, 100)})
 
-    yield Sample("sinks-70x100", gqa, {"sinks": make(4), **causal, **lse})
-    yield Sample("sinks-24x90", packed, {"sinks": make(6, shift=3.0)})
-    yield Sample("sinks-decode-1x90", single, {"sinks": make(2), **lse})
-    yield Sample("sinks-decode-split-2x1500", pair, {"sinks": make(3, shift=5.0), **lse})
-    yield Sample("sinks-split-12x1300", split, {"sinks": make(1, shift=5.0), **lse})
+    yield Sample("sinks-70x100", sink_gqa, {"sinks": make(16), **causal, **lse})
+    yield Sample("sinks-24x90", sink_packed, {"sinks": make(18, shift=3.0)})
+    yield Sample("sinks-decode-1x90", sink_single, {"sinks": make(16), **lse})
+    yield Sample("sinks-decode-split-2x1500", sink_pair, {"sinks": make(16, shift=5.0), **lse})
+    yield Sample("sinks-split-12x1300", sink_split, {"sinks": make(16, shift=5.0), **lse})
     some = make.bools(70, 100)
     some[5:9] = False  # rows that see the sink alone
-    yield Sample("sinks-boolmask-70x100", wide, {"sinks": make(2), "mask": some, **lse})
+    yield Sample("sinks-boolmask-70x100", sink_gqa, {"sinks": make(16), "mask": some, **lse})
     yield Sample("sinks-5x0", _qkv(make, 1, (2, 2), (5, 0), 8), {"sinks": make(2), **lse})
 
     yield Sample("dropout-70x100", gqa, {**half, **causal, **lse})
@@ -156,8 +162,10 @@ def _modified(make: Make) -> Iterator[Sample]:
     yield Sample("window-alibi-70x100", gqa, {
         "window": (30, 0), "alibi_slopes": _slopes(make, 4), **causal
     })  # fmt: skip
-    yield Sample("window-sinks-24x90", packed, {"window": (50, 0), "sinks": make(6), **causal})
-    yield Sample("softcap-sinks-70x100", wide, {"softcap": 2.0, "sinks": make(2), **lse})
+    yield Sample(
+        "window-sinks-24x90", sink_packed, {"window": (50, 0), "sinks": make(18), **causal}
+    )
+    yield Sample("softcap-sinks-70x100", sink_gqa, {"softcap": 2.0, "sinks": make(16), **lse})
     yield Sample("softcap-addmask-70x100", gqa, {"softcap": 2.0, "mask": make(4, 1, 100)})
     yield Sample("alibi-boolmask-70x100", wide, {
         "alibi_slopes": _slopes(make, 2), "mask": make.bools(70, 100)
