@@ -197,8 +197,7 @@ def _reference_bwd(
         constants[-1] = None if sinks is None else sinks_given
         return _reference(q, k_cache, v_cache, *constants)
 
-    results, pull = torch.func.vjp(of, *given)
-    out, lse = results
+    (out, lse), pull = torch.func.vjp(of, *given)[:2]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     return pull((grad_out, grad_lse))  # type: ignore[no-any-return]

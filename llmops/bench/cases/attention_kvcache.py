@@ -7,6 +7,7 @@ contiguous cache, and gathers a paged one first.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,25 +49,21 @@ def cases(quick: bool) -> Iterator[Case]:
                 gqa = q.shape[1] != k.shape[1]
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=gqa)
 
+            def contiguous(q: Tensor = q, k: Tensor = k, v: Tensor = v, ends: Tensor = ends) -> Any:
+                return llmops.attention_kvcache(q, k, v, ends)
+
+            def paged_ours(
+                q: Tensor = q,
+                pages: list[Tensor] = pages,
+                ends: Tensor = ends,
+                table: Tensor = table,
+            ) -> Any:
+                return llmops.attention_kvcache(q, pages[0], pages[1], ends, block_table=table)
+
             shape = f"decode {'+'.join(map(str, lengths))} x{h}/{hkv}x{d}"
             moved = 2 * sum(lengths) * hkv * d * q.element_size()
-            yield Case(
-                "attention_kvcache",
-                "fwd",
-                dtype,
-                shape,
-                lambda q=q, k=k, v=v, ends=ends: llmops.attention_kvcache(q, k, v, ends),
-                masked,
-                bytes=moved,
-            )
-            yield Case(
-                "attention_kvcache",
-                "fwd",
-                dtype,
-                f"{shape} page {PAGE}",
-                lambda q=q, p=pages, ends=ends, t=table: llmops.attention_kvcache(
-                    q, *p, ends, block_table=t
-                ),
-                gathered,
-                bytes=moved,
-            )
+            for name, ours, theirs in (
+                (shape, contiguous, masked),
+                (f"{shape} page {PAGE}", paged_ours, gathered),
+            ):
+                yield Case("attention_kvcache", "fwd", dtype, name, ours, theirs, bytes=moved)

@@ -1,8 +1,8 @@
 """attention_varlen: packed prompts of unequal lengths, beside torch on the padded batch.
 
-Operations: 4 H Tq Tk D per sequence, halved since causal. torch's side is padded outside the timing:
-what a user without a packed kernel runs. Forward only: a padded and a packed gradient have no common
-form to compare.
+Operations: 4 H Tq Tk D per sequence, halved since causal. torch's side is padded outside the
+timing: what a user without a packed kernel runs. Forward only: a padded and a packed gradient have
+no common form to compare.
 """
 
 from __future__ import annotations
