@@ -26,6 +26,7 @@ LAYERS = {
     "kv_cache": 5,
     "nn": 5,
     "model": 6,
+    "integrations": 6,
     "pretrained": 7,
     "tokenizer": 8,
     "testing": 5,
@@ -150,6 +151,7 @@ def test_layering_plain_import_is_lean() -> None:
     )
     loaded, _ = json.loads(in_fresh_python(code))
     heavy = ("llmops.cli", "llmops.model", "llmops.nn", "llmops.bench", "llmops.testing")
+    heavy += ("llmops.integrations",)
     heavy += ("transformers", "tokenizers", "gguf", "numpy", "torch._dynamo", "torch._inductor")
     found = [m for m in loaded if m.startswith(heavy)]
     assert not found, found

@@ -1,0 +1,1 @@
+"""Other libraries' interfaces on llmops' operators. Nothing here loads on `import llmops`."""
