@@ -64,6 +64,17 @@ def attend(
     return out, lse.squeeze(-1)
 
 
+def check_dropped(dropped: Tensor, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> None:
+    """S_dmask's sizes are the weights, by way of values e_j: attention gives back the weights."""
+    unit = torch.eye(k.shape[1], dtype=torch.float64)[None, :, None].expand(*k.shape[:3], -1)
+    weights, _ = attend(q.double(), k.double(), unit, **arguments)
+    # The kit's floor, and the error of a score in q's dtype: a few of its eps.
+    tolerance = 16 * torch.finfo(q.dtype).eps
+    torch.testing.assert_close(
+        dropped.abs().double(), weights.transpose(1, 2), rtol=tolerance, atol=tolerance
+    )
+
+
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
 ) -> Tensor:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kit import BATCH, HEADS, attend, by_dtype, check, combinations, describe, modifiers
+from flash_attn_kit import (
+    BATCH,
+    HEADS,
+    attend,
+    by_dtype,
+    check,
+    check_dropped,
+    combinations,
+    describe,
+    modifiers,
+)
 from torch import Tensor
 
 import llmops
@@ -94,12 +104,7 @@ def shim_and_plain(fn: Any, split: Any, arguments: dict[str, Any], extra: dict[s
         assert dropped.dtype == q.dtype and dropped.shape == (shape if dropout_p else (0,))
         if dropout_p:
             keep[:] = [(dropped >= 0) / (1 - dropout_p)]
-            eye = torch.eye(k.shape[1], dtype=q.dtype)[None, :, None]
-            one = eye.expand(*k.shape[:3], -1)
-            weights, _ = attend(q.double(), k.double(), one.double(), **arguments)
-            torch.testing.assert_close(
-                dropped.abs().double().transpose(1, 2), weights, rtol=0.02, atol=0.02
-            )
+            check_dropped(dropped, q, k, arguments)
         return out, lse
 
     def plain(*inputs: Tensor) -> Any:

@@ -22,6 +22,7 @@ BATCH = 2
 # (Tq, cache length), head dim: a decode step, a few tokens, a chunk, more queries than held keys.
 SIZES = ((1, 40), (3, 61), (16, 50), (1, 128), (8, 33), (3, 16), (25, 32))
 DIMS = (32, 59, 64, 80, 48)
+KINDS = ("plain", "leftpad", "batch_idx", "batch_idx-leftpad", "paged", "paged-leftpad")
 ROTARY_FORMS = ((0.0, True), (0.5, True), (0.5, False), (1.0, True), (1.0, False))
 # No new keys; new ones: as many as queries or fewer, and rotary (fraction of the head, pairs).
 NEW = (None, *itertools.product((True, False), ROTARY_FORMS))
@@ -44,7 +45,7 @@ class Caches:
 
 
 def make_caches(kind: str, length: int, heads: int, dim: int, dtype: torch.dtype) -> Caches:
-    if kind == "paged":
+    if "paged" in kind:
         page = 16
         columns = -(-length // page)
         free = torch.randperm(3 * BATCH * columns).int()
@@ -59,7 +60,7 @@ def make_caches(kind: str, length: int, heads: int, dim: int, dtype: torch.dtype
 
 @by_dtype
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("kind", ["plain", "leftpad", "batch_idx", "batch_idx-leftpad", "paged"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_flash_attn_with_kvcache_combinations(kind: str, heads: str, dtype: torch.dtype) -> None:
     """alibi, local, causal, new keys and their number, rotary: each combination, in one of the
     three dtypes."""
@@ -193,6 +194,16 @@ def test_flash_attn_with_kvcache_lengths_as_int_and_none() -> None:
             assert isinstance(got, Tensor) and torch.equal(got, want)
 
 
+def test_flash_attn_with_kvcache_sequences_share_a_row() -> None:
+    """Where nothing is written: parallel samples of one prompt."""
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(3, 2, 4, 32), torch.randn(2, 2, 20, 2, 32)
+    index = torch.tensor([1, 0, 1])
+    got = flash_attn_with_kvcache(q, k, v, cache_seqlens=13, cache_batch_idx=index, causal=True)
+    want = flash_attn_with_kvcache(q, k[index], v[index], cache_seqlens=13, causal=True)
+    assert isinstance(got, Tensor) and isinstance(want, Tensor) and torch.equal(got, want)
+
+
 @pytest.mark.parametrize("append", [False, True])
 def test_flash_attn_with_kvcache_block_table_bounds(append: bool) -> None:
     """A length beyond what the block table addresses raises, and the cache is untouched; one that
@@ -244,6 +255,7 @@ APPEND = {"k": NEW_KEY, "v": NEW_KEY, "cache_seqlens": 1}
         (IndexError, "cache_batch_idx", {"cache_batch_idx": torch.tensor([0, -1])}),
         (ValueError, "cache_batch_idx", {"cache_batch_idx": torch.tensor([0])}),
         (ValueError, "cache_batch_idx", {"cache_batch_idx": ROWS, "block_table": ROWS[:, None]}),
+        (ValueError, "each row once", {**APPEND, "cache_batch_idx": ROWS * 0}),
         (ValueError, "cache_leftpad", {"cache_leftpad": torch.tensor([0, 9])}),
         (IndexError, "block_table", {"block_table": torch.tensor([[0], [3]])}),
         (ValueError, "block_table", {"block_table": torch.tensor([0, 1])}),

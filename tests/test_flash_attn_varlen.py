@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kit import HEADS, attend, by_dtype, check, combinations, describe, modifiers
+from flash_attn_kit import (
+    HEADS,
+    attend,
+    by_dtype,
+    check,
+    check_dropped,
+    combinations,
+    describe,
+    modifiers,
+)
 from torch import Tensor
 
 import llmops
@@ -28,14 +37,17 @@ def starts(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+def of_sequence(arguments: dict[str, Any], b: int) -> dict[str, Any]:
+    slopes = arguments.get("alibi_slopes")
+    return {**arguments, "alibi_slopes": None if slopes is None else slopes[b]}
+
+
 def plain(lengths: Any, arguments: dict[str, Any], keep: list[Tensor], *qkv: Tensor) -> Any:
     """Each sequence by itself; with slopes and dropped weights of its own."""
     outs, lses = [], []
     split = (x.split(n) for x, n in zip(qkv, (lengths[0], lengths[1], lengths[1]), strict=True))
     for b, (q, k, v) in enumerate(zip(*split, strict=True)):
-        own = dict(arguments)
-        if "alibi_slopes" in own:
-            own["alibi_slopes"] = own["alibi_slopes"][b]
+        own = of_sequence(arguments, b)
         if keep:
             own["keep"] = keep[0][b : b + 1, :, : len(q), : len(k)].to(q.dtype)
         out, lse = attend(q[None], k[None], v[None], **own)
@@ -62,6 +74,12 @@ def check_varlen(
             keep[:] = [(dropped >= 0) / (1 - dropout_p)]
             fraction = float((dropped < 0).sum() / (dropped != 0).sum())
             assert abs(fraction - dropout_p) < 0.06, fraction
+            q, k, _ = split(*x)
+            pairs = zip(q.split(lengths[0]), k.split(lengths[1]), strict=True)
+            for b, (qb, kb) in enumerate(pairs):
+                own = of_sequence(arguments, b)
+                check_dropped(dropped[b : b + 1, :, : len(qb), : len(kb)], qb[None], kb[None], own)
+                assert not dropped[b, :, len(qb) :].any() and not dropped[b, :, :, len(kb) :].any()
         return out, lse
 
     what = f"{lengths} {tuple(inputs[0].shape)} {describe(arguments, extra)}"

@@ -25,10 +25,11 @@ Args:
         is [B, H, Tq, Tk] with dropout, the weights before dropout, negative where dropped, and
         empty without, as upstream's.
 
-Beyond upstream: fp32, any head dim up to 512, softcap together with dropout, a differentiable
-softmax_lse. Apart from it: softmax_lse is that of the scores as documented above, so a row that
-sees no key has -inf (upstream's kernels write +inf), and causal ALiBi carries no shift per row.
-What differs from upstream for a call raises: nothing is ignored.
+Beyond upstream: fp32, any head dim up to 512, pages of any size, left padding of a paged cache,
+softcap together with dropout, a differentiable softmax_lse. Apart from it: softmax_lse is that of
+the scores as documented above, so that a row which sees no key has -inf (upstream's kernels write
++inf) and causal ALiBi carries no shift per row (there it does). Which weights are dropped follows
+llmops' random numbers. An argument that cannot be honoured raises, naming it; none is ignored.
 The backend is chosen by `llmops.use_backend` or LLMOPS_BACKEND.
 """
 

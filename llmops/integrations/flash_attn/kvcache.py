@@ -75,6 +75,11 @@ def flash_attn_with_kvcache(
     if not 0 <= num_splits <= 128:
         raise ValueError(f"llmops.{OP}: num_splits must be in [0, 128]; got {num_splits}")
     k_cache, v_cache, table = _rows(q, k_cache, v_cache, cache_batch_idx, block_table)
+    if k is not None and cache_batch_idx is not None and len(cache_batch_idx.unique()) < len(q):
+        raise ValueError(
+            f"llmops.{OP}: cache_batch_idx must name each row once where k and v are written; got "
+            f"{cache_batch_idx.tolist()}"
+        )
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     lengths = _lengths(cache_seqlens, k, capacity, q)
     if rotary_cos is not None or rotary_sin is not None:
