@@ -1,4 +1,4 @@
-"""Autocast on GPUs: the front doors under fake CUDA tensors, beside torch's own functions. (On a CPU
+"""Autocast on GPUs: the front doors under fake CUDA tensors, beside torch's own functions. (On CPU
 the conformance kit's check `autocast` compares values too.)"""
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ PAIRS = {
         lambda x, w: llmops.softmax(x, dtype=torch.float16),
         lambda x, w: torch.softmax(x, -1, dtype=torch.float16),
     ),
-    "layer_norm": (lambda x, w: llmops.layer_norm(x, 8, w, w), lambda x, w: F.layer_norm(x, (8,), w, w)),
+    "layer_norm": (
+        lambda x, w: llmops.layer_norm(x, 8, w, w),
+        lambda x, w: F.layer_norm(x, (8,), w, w),
+    ),
     "rms_norm": (lambda x, w: llmops.rms_norm(x, 8, w), lambda x, w: F.rms_norm(x, (8,), w)),
     "add_layer_norm": (
         lambda x, w: llmops.add_layer_norm(x, x, 8, w, w),
@@ -31,7 +34,7 @@ PAIRS = {
     ),
     "gelu": (lambda x, w: llmops.gelu(x), lambda x, w: F.gelu(x)),
     "swiglu": (lambda x, w: llmops.swiglu(x, x), lambda x, w: F.silu(x) * x),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ LAYERS = {
     "pretrained": 6,
     "tokenizer": 7,
     "testing": 5,
+    "testing.__main__": 6,
     "bench": 7,
     "report": 7,
     "demo": 8,

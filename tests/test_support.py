@@ -1,5 +1,5 @@
-"""The support matrix against behaviour: what it says is served is run, and what it says is not raises
-NotImplementedError that names op and argument."""
+"""The support matrix against behaviour: what it says is served is run, and what it says is not
+raises NotImplementedError that names op and argument."""
 
 from __future__ import annotations
 
