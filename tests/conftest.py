@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     left: list[Any] = []
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        (kept if part.holds(item.nodeid, case, best) else left).append(item)
+        large = item.get_closest_marker("large") is not None
+        (kept if part.holds(item.nodeid, case, best, large) else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 

@@ -1,13 +1,14 @@
 """Which part of the conformance kit a run of continuous integration takes.
 
-    LLMOPS_TEST_PART=head/4   one of four parts, by the commit: the number of first-parent commits up
-                              to HEAD modulo 4, so that four successive ones take all four (in a
+    LLMOPS_TEST_PART=head/4   one of four, by the commit: the number of first-parent commits up to
+                              HEAD modulo 4, so that four successive ones take all four (in a
                               shallow clone: by HEAD's hash)
-    LLMOPS_TEST_PART=2/4      this part (0 to 3)
+    LLMOPS_TEST_PART=2/4      this one (0 to 3)
     LLMOPS_TEST_PART=all      everything, which is what a plain run does
 
 Every part holds all tests outside the kit and, for every op and dtype, results and gradients on the
-best instruction set. What rotates is the kit's other cases: each is in exactly one part.
+best instruction set. What rotates is the kit's other cases, and the tests marked `large`: each is in
+exactly one part.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ class Part(NamedTuple):
     of: int
     why: str
 
-    def holds(self, name: str, case: Any, best: Any) -> bool:
-        """Whether a test belongs to it; `case` is the kit's Case, None for other tests."""
-        if case is None or (case.check in ALWAYS and case.target == best):
+    def holds(self, name: str, case: Any, best: Any, large: bool = False) -> bool:
+        """Whether a test belongs to it; `case` is the kit's Case, None for other tests, of which
+        the `large` ones rotate as well."""
+        if not large and (case is None or (case.check in ALWAYS and case.target == best)):
             return True
         return zlib.crc32(name.encode()) % self.of == self.index
 

@@ -103,16 +103,9 @@ def exports(spec: OpSpec, sample: Sample, target: Target) -> None:
     assert same_bits((eager, []), (got, [])), f"{spec.name}: the exported program differs"
 
 
-def exports_compiled(spec: OpSpec, sample: Sample, target: Target) -> None:
-    """AOTInductor: exported, compiled to a library, loaded and run, it gives the eager bits."""
-    compiled_together([(spec, sample)], target)
-
-
 def compiled_together(calls: list[tuple[OpSpec, Sample]], target: Target) -> None:
-    """`exports_compiled` of several operators in one library: the C++ compiler is what takes time.
-
-    What the compiler may change is left out of it: each result goes out as the operator gave it.
-    """
+    """AOTInductor: exported, compiled to a library, loaded and run, the operators give the eager
+    bits. All in one library: the C++ compiler is what takes time."""
     import tempfile
     from pathlib import Path
 
