@@ -200,6 +200,17 @@ def test_environment_variables_are_documented() -> None:
     assert read - documented <= {"CUDA_PATH"}  # another name of CUDA_HOME
 
 
+def test_no_test_hides_one_of_the_conformance_kit() -> None:
+    """A module's own test of a kit test's name would replace it without a word."""
+    from llmops.testing import specs
+    from llmops.testing._suite import checks_of
+
+    kit = {f"test_{s.name}_{c}" for s in specs.every().values() for c in checks_of(s)}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        own = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}
+        assert not own & kit, f"{file.name}: rename {own & kit}, which the kit defines, too"
+
+
 def test_kernel_objects_share_no_symbols() -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     try:
