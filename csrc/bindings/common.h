@@ -132,8 +132,8 @@ std::vector<int64_t> leading_strides(const Tensor& t, int64_t drop = 1);
 // Below this many elements the cost of waking a worker (55-85 us) exceeds the work.
 constexpr int64_t kSerialElements = 50000;
 
-// Whether this process is a fork of one that had threads. OpenMP's pool does not survive a fork, and
-// the first parallel region in such a child waits for it forever: there we stay on one thread.
+// Whether this process is a fork of one that had threads. OpenMP's pool does not survive a fork,
+// and the first parallel region in such a child waits for it forever: there we stay on one thread.
 bool forked_from_threads();
 
 // f(begin, end) over [0, rows), split among the framework's threads when it pays.
