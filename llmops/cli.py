@@ -14,6 +14,10 @@ from typing import Any
 # Subcommand -> (its module, what it does).
 _ELSEWHERE = {
     "bench": ("llmops.bench.command", "measure the operators beside torch"),
+    "conform": (
+        "llmops.testing._command",
+        "hold an operator, of llmops or your own, to the conformance kit",
+    ),
     "demo": ("llmops.demo", "text from a real model, its speed and each op's beside plain PyTorch"),
 }
 

@@ -1,7 +1,42 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and the rotation of the conformance kit (see rotation.py)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
 
 import pytest
 import torch
+from rotation import Part, parse
+
+
+def _part() -> Part | None:
+    try:
+        return parse(os.environ.get("LLMOPS_TEST_PART", "all"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    part = _part()
+    return "llmops: the whole conformance kit" if part is None else str(part)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    part = _part()
+    if part is None:
+        return
+    from llmops.testing import targets
+
+    best = targets()[-1]
+    kept: list[Any] = []
+    left: list[Any] = []
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        large = item.get_closest_marker("large") is not None
+        (kept if part.holds(item.nodeid, case, best, large) else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_attention_holds_no_square_buffer() -> None:
     assert growth < 100_000, f"{growth} KiB"
 
 
-def test_attention_autocast() -> None:
+def test_attention_autocast_of_mixed_dtypes() -> None:
     q, k, v = _qkv(1, 2, 2, 10, 20, 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = llmops.attention(q, k.bfloat16(), v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ LAYERS = {
     "pretrained": 7,
     "tokenizer": 8,
     "testing": 5,
+    "testing.__main__": 6,
     "bench": 7,
     "report": 7,
     "demo": 9,
@@ -185,6 +187,31 @@ def test_environment_variables_select_backend_and_isa() -> None:
         in_fresh_python(code, LLMOPS_CPU_ISA="sse9")
     with pytest.raises(AssertionError, match=r"LLMOPS_BACKEND.*got 'gpu'"):
         in_fresh_python(code, LLMOPS_BACKEND="gpu")
+
+
+def test_environment_variables_are_documented() -> None:
+    """CONTRIBUTING's table names every variable that the code reads, and no other of ours."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    files += [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
+    reading = re.compile(r'(?:environ(?:\.get)?[\[(]|getenv\()"(\w+)"')
+    read = {name for file in files for name in reading.findall(file.read_text())}
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Environment variables")[1]
+    documented = set(re.findall(r"`([A-Z_0-9]+)`", table.split("\n## ")[0]))
+    assert {n for n in read if n.startswith("LLMOPS")} == {
+        n for n in documented if n.startswith("LLMOPS")
+    }
+    assert read - documented <= {"CUDA_PATH"}  # another name of CUDA_HOME
+
+
+def test_no_test_hides_one_of_the_conformance_kit() -> None:
+    """A module's own test of a kit test's name would replace it without a word."""
+    from llmops.testing import specs
+    from llmops.testing._suite import checks_of
+
+    kit = {f"test_{s.name}_{c}" for s in specs.every().values() for c in checks_of(s)}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        own = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}
+        assert not own & kit, f"{file.name}: rename {own & kit}, which the kit defines, too"
 
 
 def test_kernel_objects_share_no_symbols() -> None:

@@ -162,7 +162,7 @@ def test_linear_cross_entropy_fp16_with_a_loss_scale() -> None:
         assert bool((g[o.abs() > 1e-6] != 0).all())
 
 
-def test_linear_cross_entropy_autocast() -> None:
+def test_linear_cross_entropy_dtypes_under_autocast() -> None:
     """The product in autocast's dtype, the loss in fp32, gradients in the leaves' dtype."""
     tensors = {"input": torch.randn(30, 16), "linear_weight": torch.randn(20, 16)}
     ids = torch.randint(20, (30,))

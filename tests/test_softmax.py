@@ -110,7 +110,7 @@ def test_softmax_rejects_bad_input() -> None:
         llmops.softmax(x.double(), backend="cpu")
 
 
-def test_softmax_forward_mode_refused() -> None:
+def test_softmax_refuses_jvp() -> None:
     x = torch.randn(3)
     with pytest.raises(NotImplementedError):
         torch.func.jvp(llmops.softmax, (x,), (x,))

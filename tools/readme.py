@@ -22,14 +22,9 @@ HUGE_PAGES = RESULTS / "cpu-avx512-bf16-2core-thp.json"
 
 def support_table() -> str:
     """One row per operator: what each backend computes of it."""
-    import llmops
-    from llmops.backends import cpu, cuda, triton
+    from llmops.testing import _support
 
-    lines = ["| op | C++ on CPU | Triton | CUDA C++ | reference |", "|---|---|---|---|---|"]
-    for op in llmops.OPERATORS:
-        cells = [backend.PASSES.get(op, "–") for backend in (cpu, triton, cuda)]
-        lines.append(f"| `{op}` | {' | '.join(cells)} | any device and dtype |")
-    return "\n".join(lines)
+    return _support.table()
 
 
 def speed_table() -> str:

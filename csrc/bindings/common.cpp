@@ -1,10 +1,31 @@
 #include "common.h"
 
+#include <pthread.h>
+#include <sys/stat.h>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace llmops {
+namespace {
+
+bool had_threads = true;
+bool is_forked = false;
+
+// In the parent, before the fork: a folder's links are its subfolders and two, and each thread has
+// one there. Where there is no /proc the answer stays "yes", which costs speed and never hangs.
+void before_fork() {
+  struct stat tasks;
+  if (stat("/proc/self/task", &tasks) == 0) had_threads = tasks.st_nlink != 3;
+}
+void in_child() { is_forked = is_forked || had_threads; }
+
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, nullptr, in_child);
+
+}  // namespace
+
+bool forked_from_threads() { return is_forked; }
 
 namespace {
 constexpr int64_t kHugePageBytes = 2 << 20;

@@ -132,11 +132,15 @@ std::vector<int64_t> leading_strides(const Tensor& t, int64_t drop = 1);
 // Below this many elements the cost of waking a worker (55-85 us) exceeds the work.
 constexpr int64_t kSerialElements = 50000;
 
+// Whether this process is a fork of one that had threads. OpenMP's pool does not survive a fork,
+// and the first parallel region in such a child waits for it forever: there we stay on one thread.
+bool forked_from_threads();
+
 // f(begin, end) over [0, rows), split among the framework's threads when it pays.
 template <class F>
 void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
   if (rows <= 0) return;
-  if (rows == 1 || rows * elements_per_row < kSerialElements) {
+  if (rows == 1 || rows * elements_per_row < kSerialElements || forked_from_threads()) {
     f(int64_t{0}, rows);
     return;
   }
@@ -147,7 +151,8 @@ void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
 // f(task) for each task of [0, tasks), handed out one at a time: uneven tasks balance themselves.
 template <class F>
 void parallel_tasks(int64_t tasks, bool worthwhile, const F& f) {
-  const int64_t threads = worthwhile ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+  const bool parallel = worthwhile && !forked_from_threads();
+  const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
   if (threads <= 1 || tasks <= 1) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;

@@ -1,5 +1,6 @@
-"""The backends: modules with same-named raw functions, `available()`, `supports(call)`,
-`describe(call)`. They are imported on first use, so that `import llmops` needs none of them."""
+"""The backends: modules with same-named raw functions and `available()`: can it run here;
+`serves(call)`: has it a kernel; `supports(call)`: both; `describe(call)`. They are imported on
+first use, so that `import llmops` needs none of them."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from llmops.backends import _extension, _linear_cross_entropy
 if TYPE_CHECKING:
     from llmops.dispatch import Call
 
+DEVICE = "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES = {
@@ -69,8 +70,11 @@ def isa() -> str:
 
 
 def supports(call: Call) -> str | None:
-    if _extension.REASON is not None:
-        return _extension.REASON
+    return _extension.REASON or serves(call)
+
+
+def serves(call: Call) -> str | None:
+    """None where there is a kernel for such a call, else why not."""
     if call.device != "cpu":
         return f"it serves CPU tensors, and these are on {call.device}"
     if call.dtype not in DTYPES:

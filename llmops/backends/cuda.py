@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from llmops.dispatch import Call
 
+DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES = {"softmax": "forward, plain"}
@@ -36,9 +37,11 @@ def available() -> str | None:
 
 
 def supports(call: Call) -> str | None:
-    reason = available()
-    if reason is not None:
-        return reason
+    return available() or serves(call)
+
+
+def serves(call: Call) -> str | None:
+    """None where there is a kernel for such a call, usable here or not; else why not."""
     if call.device != "cuda":
         return f"it serves CUDA tensors, and these are on {call.device}"
     if call.dtype not in DTYPES:

@@ -19,6 +19,10 @@ def available() -> str | None:
 
 
 def supports(call: Call) -> str | None:
+    return serves(call)
+
+
+def serves(call: Call) -> str | None:
     return None if hasattr(reference, call.op) else f"it has no {call.op}"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmops.dispatch import Call
 
+DEVICE = "cuda"
 # What there is of each public operator, for the support table.
 PASSES: dict[str, str] = {}
 
@@ -19,7 +20,12 @@ def available() -> str | None:
 
 
 def supports(call: Call) -> str | None:
-    return available()
+    return available() or serves(call)
+
+
+def serves(call: Call) -> str | None:
+    """None where there is a kernel for such a call, usable here or not; else why not."""
+    return f"it has no {call.op} yet"
 
 
 def yields(call: Call) -> str | None:

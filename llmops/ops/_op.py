@@ -97,6 +97,8 @@ class Op:
             if _functorch_level() is not None:
                 return self.functorch_function.apply(*args)
             return self.function.apply(*args)
+        if _functorch_level() is not None:  # vmap loops over the whole op, whatever is in it
+            return self.overload(*args)
         return self.forward(*args)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.ops import _autocast, _check
 from llmops.ops._op import Op
 
 
@@ -90,8 +90,8 @@ def attention(
     al., "Longformer", 2020. ALiBi: Press et al., 2022. Soft cap: Gemma 2, 2024. Sinks: Xiao et al.,
     2023; gpt-oss, 2025. Dropout's random numbers: Philox-4x32-10, Salmon et al., 2011.
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
-        q, k, v, mask = _autocast(q, k, v, mask)
+    if _autocast.enabled(q):
+        q, k, v, mask = _autocast.lowered(q, k, v, mask)
     _check_tensors(q, k, v, mask)
     features: tuple[str, ...] = ()
     if mask is not None:
@@ -128,19 +128,6 @@ def attention(
         )
     out, lse = _attention(q, k, v, mask, causal, scale, *modifiers, name)
     return (out, lse) if return_lse else out
-
-
-def _autocast(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    dtype = torch.get_autocast_dtype(q.device.type)
-
-    def cast(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
-            return x.to(dtype)
-        return x
-
-    return cast(q), cast(k), cast(v), cast(mask)
 
 
 class Modifiers(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _norm
+from llmops.ops import _autocast, _norm
 from llmops.ops._op import Op, shortcut
 
 
@@ -57,6 +57,8 @@ def layer_norm(
             return raw(x, weight, bias) if eps == 1e-5 else raw(x, weight, bias, eps)
         except RuntimeError:
             pass  # the checks below say what is wrong
+    if _autocast.wants_fp32(x):
+        x = x.float()
     dims, dtype = _norm.check("layer_norm", x, normalized_shape, weight, bias)
     name = resolve("layer_norm", x.device, dtype, (), backend)
     if name == "reference":
@@ -102,6 +104,9 @@ def add_layer_norm(
             pass  # the checks below say what is wrong
     dims, dtype = _norm.check("add_layer_norm", x, normalized_shape, weight, bias)
     _norm.check_residual("add_layer_norm", x, residual)
+    if _autocast.wants_fp32(x):  # as torch: the sum in its own dtype, the norm in fp32
+        h = x + residual
+        return layer_norm(h.float(), normalized_shape, weight, bias, eps, backend=backend), h
     if residual.dtype == torch.float64:
         dtype = torch.float64
     name = resolve("add_layer_norm", x.device, dtype, (), backend)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.ops import _autocast, _check
 from llmops.ops._op import Op
 from llmops.ops.cross_entropy import (
     _wide_weight,
@@ -82,9 +82,9 @@ def linear_cross_entropy(
     """
     if ignore_index is None:
         ignore_index = -100
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if _autocast.enabled(input):
         dtype = loss_dtype("linear_cross_entropy", input, dtype or torch.float32)
-        input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+        input, linear_weight, linear_bias = _autocast.lowered(input, linear_weight, linear_bias)
     features = _check_arguments(input, linear_weight, target, linear_bias, weight, ignore_index)
     check_numbers("linear_cross_entropy", label_smoothing, reduction)
     dtype = loss_dtype("linear_cross_entropy", input, dtype)
@@ -122,16 +122,6 @@ def linear_cross_entropy(
         name,
     )[0]
     return loss[0] if one and reduction == "none" else loss
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """As autocast treats the inputs of a matrix product."""
-    return tuple(
-        t.to(torch.get_autocast_dtype(t.device.type))
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )
 
 
 def _check_arguments(

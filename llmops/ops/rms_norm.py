@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _norm
+from llmops.ops import _autocast, _norm
 from llmops.ops._op import Op, shortcut
 
 
@@ -58,6 +58,8 @@ def rms_norm(
             return raw(x, weight, _EPS if eps is None else eps)
         except RuntimeError:
             pass  # the checks below say what is wrong
+    if _autocast.wants_fp32(x):
+        x = x.float()
     dims, dtype = _norm.check("rms_norm", x, normalized_shape, weight)
     if eps is None:
         eps = reference.rms_norm_eps(x.dtype)
@@ -105,6 +107,11 @@ def add_rms_norm(
             pass  # the checks below say what is wrong
     dims, dtype = _norm.check("add_rms_norm", x, normalized_shape, weight)
     _norm.check_residual("add_rms_norm", x, residual)
+    if _autocast.wants_fp32(x):  # as torch: the sum in its own dtype, the norm in fp32
+        h = x + residual
+        return rms_norm(
+            h.float(), normalized_shape, weight, eps, weight_offset=weight_offset, backend=backend
+        ), h
     if residual.dtype == torch.float64:
         dtype = torch.float64
     if eps is None:

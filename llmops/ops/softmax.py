@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, shortcut
 
 
@@ -55,8 +55,13 @@ def softmax(
     if backend is None and dim == -1 and mask is None and not causal and dtype is None:
         raw = _softmax_raw(x)
         if raw is not None:
-            return raw(x) if scale == 1.0 else raw(x, scale)  # type: ignore[no-any-return]
+            try:
+                return raw(x) if scale == 1.0 else raw(x, scale)  # type: ignore[no-any-return]
+            except RuntimeError:
+                pass  # a scalar, or what the checks below refuse
     last = _checked_dim(x, dim, mask, causal)
+    if dtype is None and _autocast.wants_fp32(x):
+        dtype = torch.float32
     out_dtype = x.dtype if dtype is None else dtype
     if out_dtype not in _check.FLOATS:
         raise TypeError(
@@ -72,9 +77,14 @@ def softmax(
             widest = torch.float64
     if causal:
         features += ("causal",)
+    if out_dtype != x.dtype:
+        features += ("dtype",)
     if x.is_cuda and dtype is None and not (torch.is_grad_enabled() and x.requires_grad):
         features += ("forward only",)
     name = resolve("softmax", x.device, widest, features, backend)
+    if x.dim() == 0:
+        y = softmax(x[None], scale=scale, mask=mask, dtype=dtype, backend=name)
+        return y[0]
     if name == "reference":
         return reference.softmax(x, dim, scale=scale, mask=mask, causal=causal, dtype=dtype)
     if last:

@@ -9,6 +9,10 @@ check runs over every usable target. Another library can hold its own op to the 
     SPEC = OpSpec("my_op", fn=my_op, reference=my_op_plain, torch_fn=my_op_plain, samples=samples)
     globals().update(suite(SPEC))
 
+or without pytest, as a command with a report and an exit code (0: conforms, 1: does not):
+
+    python -m llmops.testing my_package.my_specs:SPEC       (or: llmops conform ...)
+
 The oracle is the plain form in fp64. Allowed error, row by row (last dimension): twice the error of
 PyTorch's own same-dtype computation for results, three times for gradients, plus a floor of
 2 eps(dtype) max|oracle| in that row.

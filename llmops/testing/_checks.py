@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmops.testing import _surroundings
 from llmops.testing._core import (
     OpSpec,
     Sample,
@@ -244,4 +245,11 @@ CHECKS: dict[str, Check] = {
     "double_backward": double_backward,
     "compiles_fullgraph": compiles_fullgraph,
     "func_grad": func_grad,
+    "vmap": _surroundings.vmap,
+    "forward_mode_refused": _surroundings.forward_mode_refused,
+    "autocast": _surroundings.autocast,
+    "exports": _surroundings.exports,
+    "from_threads": _surroundings.from_threads,
+    "after_fork": _surroundings.after_fork,
+    "far_strides": _surroundings.far_strides,
 }

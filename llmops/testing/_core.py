@@ -72,7 +72,8 @@ class OpSpec:
         reference: plain PyTorch, same arguments less `backend`; run in fp64 it is the oracle.
         torch_fn: PyTorch's own way in the input's dtype, whose error is the yardstick.
         samples: samples(make) yields Sample objects that reach every branch of the kernels.
-        schemas: samples for opcheck: name of a torch.ops.llmops operator -> its arguments.
+        schemas: samples for opcheck: name of an operator of torch.ops -> its arguments.
+        namespace: of those operators: torch.ops.<namespace>.<name>.
         rows: True where output rows depend on their own input row only (NaN containment is then
             checked on the first argument).
         skip: check name -> reason, for properties the operator does not have.
@@ -84,6 +85,7 @@ class OpSpec:
     torch_fn: Callable[..., Any]
     samples: Callable[[Make], Iterable[Sample]]
     schemas: Callable[[Make], dict[str, tuple[Any, ...]]] | None = None
+    namespace: str = "llmops"
     rows: bool = False
     skip: dict[str, str] = field(default_factory=dict)
 
@@ -201,17 +203,25 @@ def _cotangent(result: Tensor) -> Tensor:
 
 
 def assert_close(
-    got: Tensor, oracle: Tensor, yardstick: Tensor, *, factor: float, what: str
+    got: Tensor,
+    oracle: Tensor,
+    yardstick: Tensor,
+    *,
+    factor: float,
+    what: str,
+    eps: float | None = None,
+    floor: float = 0.0,
 ) -> None:
     """|got - oracle| <= factor * PyTorch's own error + floor, row by row (the last dimension).
 
     PyTorch's error in a row is its worst relative to the row's largest value over the whole tensor:
-    in one row alone it may be nothing by luck.
+    in one row alone it may be nothing by luck. The floor's eps is that of got's dtype, or `eps`;
+    `floor` adds to it, for results that are the difference of larger numbers.
     """
     assert got.shape == oracle.shape, f"{what}: shape {got.shape}, expected {oracle.shape}"
     if got.numel() == 0:
         return
-    eps = torch.finfo(got.dtype).eps
+    eps = torch.finfo(got.dtype).eps if eps is None else eps
     g, o, y = (t.detach().double().cpu() for t in (got, oracle, yardstick))
     special = ~o.isfinite()
     same = (g == o) | (g.isnan() & o.isnan())
@@ -222,7 +232,7 @@ def assert_close(
     row_error = (y - o).abs().nan_to_num(0.0).amax(-1, keepdim=True)
     row_scale = o.abs().amax(-1, keepdim=True)
     relative = (row_error / row_scale).nan_to_num(0.0, posinf=0.0).amax()
-    allowed = factor * torch.maximum(row_error, relative * row_scale) + 2 * eps * row_scale
+    allowed = factor * torch.maximum(row_error, relative * row_scale) + 2 * eps * row_scale + floor
     excess = error - allowed
     worst = int(excess.argmax())
     assert bool((excess <= 0).all()), (

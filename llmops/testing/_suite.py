@@ -1,19 +1,113 @@
-"""Turns a spec into pytest tests, one per check, parametrized over targets, dtypes and samples."""
+"""Turns a spec into cases, one per check, target, dtype and sample, and those into pytest tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from llmops.testing._checks import CHECKS
 from llmops.testing._core import DTYPES, Make, OpSpec, Sample, Target, targets
 
-# Checks of the machinery around a kernel: one target and dtype shows them, on a few samples.
-ONCE = ("compiles_fullgraph", "func_grad", "double_backward")
-# Samples per check of ONCE; compiling takes a second each.
-FEW = 3
+TAGS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LOWER = (torch.float32, torch.bfloat16)
+
+
+class Reach(NamedTuple):
+    """Over what a check runs. A check not in REACH runs over every target, dtype and sample."""
+
+    dtypes: tuple[torch.dtype, ...] = DTYPES[:1]
+    samples: int = 3  # the first of the spec, which are so to choose
+    largest: bool = False  # and the one of most elements, which is large enough for threads
+    every_target: bool = False  # else the last target alone: the best instruction set
+
+
+# Checks of the machinery around a kernel, which neither samples nor instruction sets change:
+# compiling and exporting take a second each.
+REACH = {
+    "double_backward": Reach(),
+    "compiles_fullgraph": Reach(),
+    "func_grad": Reach(),
+    "vmap": Reach(),
+    "forward_mode_refused": Reach(samples=1),
+    "autocast": Reach(_LOWER),
+    "exports": Reach(samples=2),
+    "from_threads": Reach(DTYPES, 2, largest=True),
+    "after_fork": Reach(_LOWER, 1, largest=True),
+    "far_strides": Reach(_LOWER, 3, every_target=True),
+}
+
+
+# Checks that use several threads. The others run on one: small calls spend their time waking and
+# awaiting threads, and bitwise_repeatable, over the same targets, dtypes and samples, shows that
+# one thread and several give the same bits.
+THREADED = ("bitwise_repeatable", "from_threads", "after_fork")
+
+
+class Case(NamedTuple):
+    check: str
+    target: Target
+    dtype: torch.dtype
+    sample: Sample
+
+    @property
+    def id(self) -> str:
+        return f"{self.target}-{TAGS[self.dtype]}-{self.sample.id}"
+
+    def run(self, spec: OpSpec) -> None:
+        """Raises AssertionError where the property does not hold."""
+        threads = torch.get_num_threads()
+        if self.check not in THREADED:
+            torch.set_num_threads(1)
+        try:
+            CHECKS[self.check](spec, self.sample, self.target)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def checks_of(spec: OpSpec) -> list[str]:
+    """The names of the checks that concern the spec."""
+    unknown = set(spec.skip) - set(CHECKS)
+    if unknown:
+        raise ValueError(
+            f"OpSpec {spec.name}: skip names {sorted(unknown)}; checks are {', '.join(CHECKS)}"
+        )
+    return [
+        name
+        for name in CHECKS
+        if name not in spec.skip and (spec.rows or name != "nan_stays_in_row")
+    ]
+
+
+def cases(spec: OpSpec) -> Iterator[Case]:
+    """Every case of every check, in the order of CHECKS."""
+    # Made once and shared by all checks and targets; no check changes them.
+    made: dict[tuple[str, torch.dtype], list[Sample]] = {}
+    found = targets()
+    for name in checks_of(spec):
+        reach = REACH.get(name)
+        for target in found if reach is None or reach.every_target else found[-1:]:
+            for dtype in DTYPES if reach is None else reach.dtypes:
+                key = (target.device, dtype)
+                if key not in made:
+                    made[key] = list(spec.samples(Make(dtype, target.device)))
+                for sample in made[key] if reach is None else _some(made[key], reach):
+                    yield Case(name, target, dtype, sample)
+
+
+def _some(samples: list[Sample], reach: Reach) -> list[Sample]:
+    some = samples[: reach.samples]
+    if reach.largest:
+        largest = max(samples, key=_elements)
+        some += [largest] if not any(s is largest for s in some) else []
+    return some
+
+
+def _elements(sample: Sample) -> int:
+    values = [*sample.args, *sample.kwargs.values()]
+    return sum(v.numel() for v in values if isinstance(v, Tensor))
 
 
 def suite(spec: OpSpec) -> dict[str, Callable[..., None]]:
@@ -21,43 +115,19 @@ def suite(spec: OpSpec) -> dict[str, Callable[..., None]]:
     import pytest
 
     found: dict[str, Callable[..., None]] = {}
-    # Made once and shared by all checks and targets; no check changes them.
-    made: dict[tuple[str, torch.dtype], list[Sample]] = {}
-    for name, check in CHECKS.items():
-        if name in spec.skip or (name == "nan_stays_in_row" and not spec.rows):
-            continue
-        cases = _cases(spec, made, once=name in ONCE)
+    every = list(cases(spec))
+    for name in checks_of(spec):
 
-        def test(target: Target, sample: Sample, check: Any = check) -> None:
-            check(spec, sample, target)
+        def test(case: Case) -> None:
+            case.run(spec)
 
-        test.__doc__ = check.__doc__
+        test.__doc__ = CHECKS[name].__doc__
         test.__name__ = f"test_{spec.name}_{name}"
-        found[test.__name__] = pytest.mark.parametrize(("target", "sample"), cases)(test)
+        parameters = [pytest.param(c, id=c.id) for c in every if c.check == name]
+        found[test.__name__] = pytest.mark.parametrize("case", parameters)(test)
     if spec.schemas is not None:
         found[f"test_{spec.name}_opcheck"] = _opcheck_test(spec)
     return found
-
-
-def _cases(
-    spec: OpSpec, made: dict[tuple[str, torch.dtype], list[Sample]], once: bool
-) -> list[Any]:
-    import pytest
-
-    cases = []
-    chosen = targets()[-1:] if once else targets()
-    for target in chosen:
-        for dtype in DTYPES[:1] if once else DTYPES:
-            key = (target.device, dtype)
-            if key not in made:
-                made[key] = list(spec.samples(Make(dtype, target.device)))
-            samples = made[key]
-            if once:
-                samples = samples[:FEW]
-            short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-            tag = short[str(dtype).removeprefix("torch.")]
-            cases += [pytest.param(target, s, id=f"{target}-{tag}-{s.id}") for s in samples]
-    return cases
 
 
 def _opcheck_test(spec: OpSpec) -> Callable[..., None]:
@@ -67,10 +137,15 @@ def _opcheck_test(spec: OpSpec) -> Callable[..., None]:
     names = sorted(spec.schemas(Make(torch.float32)))
 
     def test(name: str) -> None:
-        """Schema, autograd registration, fake tensors and AOT dispatch, by torch's own opcheck."""
-        assert spec.schemas is not None
-        operator = getattr(torch.ops.llmops, name).default
-        torch.library.opcheck(operator, spec.schemas(Make(torch.float32))[name])
+        opcheck(spec, name)
 
     test.__name__ = f"test_{spec.name}_opcheck"
+    test.__doc__ = opcheck.__doc__
     return pytest.mark.parametrize("name", names)(test)
+
+
+def opcheck(spec: OpSpec, name: str) -> None:
+    """Schema, autograd registration, fake tensors and AOT dispatch, by torch's own opcheck."""
+    assert spec.schemas is not None
+    namespace = getattr(torch.ops, spec.namespace)
+    torch.library.opcheck(getattr(namespace, name).default, spec.schemas(Make(torch.float32))[name])
