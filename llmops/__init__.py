@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.dispatch import Decision, FallbackWarning, explain, use_backend
 from llmops.ops.attention import attention
+from llmops.ops.attention_kvcache import attention_kvcache
+from llmops.ops.attention_varlen import attention_varlen
 from llmops.ops.cross_entropy import cross_entropy
 from llmops.ops.embedding import embedding
 from llmops.ops.gelu import gelu
+from llmops.ops.kv_cache_append_ import kv_cache_append_
 from llmops.ops.layer_norm import add_layer_norm, layer_norm
 from llmops.ops.linear import linear
 from llmops.ops.linear_cross_entropy import linear_cross_entropy
@@ -36,10 +39,13 @@ OPERATORS = (
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_kvcache",
+    "attention_varlen",
     "cross_entropy",
     "embedding",
     "geglu",
     "gelu",
+    "kv_cache_append_",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -67,6 +73,8 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_kvcache",
+    "attention_varlen",
     "backends",
     "cross_entropy",
     "embedding",
@@ -74,6 +82,7 @@ __all__ = [
     "geglu",
     "gelu",
     "info",
+    "kv_cache_append_",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,11 @@ def dropout_seed(device: torch.device, generator: torch.Generator | None) -> Ten
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
 
 
-def dropout_weights(shape: Sequence[int], dropout_p: float, seed: Tensor) -> Tensor:
-    """fp64 [B, H, Tq, Tk]: 0 where a weight is dropped, 1 / (1 - p) where it is kept.
+def dropout_weights(
+    shape: Sequence[int], dropout_p: float, seed: Tensor, first_batch: int = 0
+) -> Tensor:
+    """fp64 [B, H, Tq, Tk]: 0 where a weight is dropped, 1 / (1 - p) where it is kept; of the batch
+    items from first_batch on.
 
     Philox-4x32-10 with the seed as key and the counter (key // 4, query, batch * H + head, 0); its
     word key % 4 belongs to the key, which is dropped where the word is below p * 2^32. So the same
@@ -87,7 +91,7 @@ def dropout_weights(shape: Sequence[int], dropout_p: float, seed: Tensor) -> Ten
     low32, device = 0xFFFFFFFF, seed.device
     count = lambda n: torch.arange(n, device=device)  # noqa: E731
     a = count((keys + 3) // 4)[None, None, :]
-    b, c = count(queries)[None, :, None], count(batch * heads)[:, None, None]
+    b, c = count(queries)[None, :, None], count(batch * heads)[:, None, None] + first_batch * heads
     a, b, c = torch.broadcast_tensors(a, b, c)
     d = torch.zeros_like(a)
     key0, key1 = seed[0] & low32, (seed[0] >> 32) & low32
@@ -159,6 +163,7 @@ def attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    first_batch: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Materializes the [B, H, Tq, Tk] scores, which is what a kernel must not do."""
@@ -173,7 +178,8 @@ def attention(
         scores = torch.cat([scores, column], -1)
     weights = _softmax_or_zero(scores)[..., :keys]
     if dropout_p > 0 and seed is not None:
-        weights = weights * dropout_weights(weights.shape, dropout_p, seed).to(weights.dtype)
+        keep = dropout_weights(weights.shape, dropout_p, seed, first_batch)
+        weights = weights * keep.to(weights.dtype)
     # A masked key's value is out of range: even 0 * NaN must not reach the output.
     out = (weights @ wv).to(q.dtype)
     if not return_lse:
@@ -206,6 +212,7 @@ def attention_bwd(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv and (fp32) dmask in the mask's shape and dsinks from the forward's results:
     P = exp(s - lse), dS = P * (dropped dout . v - dout . out + dlse)."""
@@ -223,7 +230,7 @@ def attention_bwd(
         delta = delta - grad_lse
     dweights, dropped = grad @ wv.transpose(-1, -2), weights
     if dropout_p > 0 and seed is not None:
-        keep = dropout_weights(weights.shape, dropout_p, seed).to(weights.dtype)
+        keep = dropout_weights(weights.shape, dropout_p, seed, first_batch).to(weights.dtype)
         dweights, dropped = dweights * keep, weights * keep
     dscores = weights * (dweights - delta[..., None])
     dmask = dsinks = None
@@ -239,6 +246,161 @@ def attention_bwd(
     if group > 1:
         dk, dv = (t.unflatten(1, (k.shape[1], group)).sum(2) for t in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dmask, dsinks
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
+    **modifiers: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of one sequence after the other."""
+    # An empty piece of each input: it gives the result its type where there is no sequence at all.
+    outs = [q[:0, :, :1] * v[:0].sum() + q.new_zeros(0, q.shape[1], v.shape[2])]
+    lses = [_wide(q[:0].sum(-1)).t()]
+    q_at, k_at = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(q_at) - 1):
+        each = slice(q_at[b], q_at[b + 1]), slice(k_at[b], k_at[b + 1]), slice(k_at[b], k_at[b + 1])
+        heads_first = (x[s].transpose(0, 1)[None] for x, s in zip((q, k, v), each, strict=True))
+        per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
+        slopes = alibi_slopes[b : b + 1] if per_batch and alibi_slopes is not None else alibi_slopes
+        out, lse = attention(
+            *heads_first, alibi_slopes=slopes, first_batch=b, return_lse=True, **modifiers
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, 1)) if return_lse else out
+
+
+def attention_varlen_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`attention_bwd` of one sequence after the other: dq, dk, dv and dsinks."""
+    grads: list[list[Tensor]] = [[q[:0]], [k[:0]], [v[:0]]]
+    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=lse.dtype)
+    q_at, k_at = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+
+    def heads_first(x: Tensor, at: list[int], b: int) -> Tensor:
+        return x[at[b] : at[b + 1]].transpose(0, 1)[None]
+
+    for b in range(len(q_at) - 1):
+        per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
+        slopes = alibi_slopes[b : b + 1] if per_batch and alibi_slopes is not None else alibi_slopes
+        rows = slice(q_at[b], q_at[b + 1])
+        *found, _, dsink = attention_bwd(
+            heads_first(grad_out, q_at, b),
+            None if grad_lse is None else grad_lse[None, :, rows],
+            heads_first(q, q_at, b),
+            heads_first(k, k_at, b),
+            heads_first(v, k_at, b),
+            None,
+            heads_first(out, q_at, b),
+            lse[None, :, rows],
+            causal,
+            scale,
+            False,
+            window_left,
+            window_right,
+            slopes,
+            softcap,
+            sinks,
+            dropout_p,
+            seed,
+            b,
+        )
+        for each, grad in zip(grads, found, strict=True):
+            each.append(grad[0].transpose(0, 1))
+        if dsinks is not None and dsink is not None:
+            dsinks = dsinks + dsink
+    dq, dk, dv = (torch.cat(each) for each in grads)
+    return dq, dk, dv, dsinks
+
+
+def cached_rows(
+    cache: Tensor, block_table: Tensor | None, batch: int, begin: int, end: int
+) -> Tensor:
+    """Rows [begin, end) of one sequence of a cache, [H, end - begin, D]."""
+    if block_table is None:
+        return cache[batch, :, begin:end]
+    page = cache.shape[2]
+    first, last = begin // page, -(-end // page)  # the blocks that hold them
+    blocks = cache[block_table[batch, first:last].long()]  # [blocks, H, page, D]
+    return blocks.transpose(0, 1).flatten(1, 2)[:, begin - first * page : end - first * page]
+
+
+def attention_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
+    **modifiers: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of one sequence after the other, over the rows of the cache that it holds."""
+    outs = [q[:0, ..., :1] * v_cache[:0].sum() + q.new_zeros(0, *q.shape[1:3], v_cache.shape[3])]
+    lses = [_wide(q[:0].sum(-1))]
+    for b, end in enumerate(cache_seqlens.tolist()):
+        begin = 0 if cache_leftpad is None else int(cache_leftpad[b])
+        keys, values = (
+            cached_rows(cache, block_table, b, begin, end)[None] for cache in (k_cache, v_cache)
+        )
+        per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
+        slopes = alibi_slopes[b : b + 1] if per_batch and alibi_slopes is not None else alibi_slopes
+        one = q[b : b + 1]
+        out, lse = attention(one, keys, values, alibi_slopes=slopes, return_lse=True, **modifiers)
+        outs.append(out)
+        lses.append(lse)
+    out = torch.cat(outs)
+    return (out, torch.cat(lses)) if return_lse else out
+
+
+def kv_cache_append_(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    for b, start in enumerate(cache_seqlens.tolist()):
+        for t in range(k.shape[2]):
+            block, row = b, start + t
+            if block_table is not None:
+                page = k_cache.shape[2]
+                block, row = int(block_table[b, row // page]), row % page
+            k_cache[block, :, row] = k[b, :, t]
+            v_cache[block, :, row] = v[b, :, t]
+    return k_cache, v_cache
 
 
 def merge_attention(

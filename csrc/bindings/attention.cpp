@@ -1,13 +1,10 @@
 // attention: the CPU kernels as raw operators. llmops.ops.attention owns the public schema, the
 // checks and autograd; what is checked here keeps memory safe whoever calls.
-#include "cpu/attention.h"
+#include "attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <tuple>
-
-#include "common.h"
 
 namespace llmops {
 namespace {
@@ -86,58 +83,105 @@ constexpr int64_t kSplitKeys = 512;  // and the fewest keys of one
 constexpr int64_t kGradTasks = 8;
 constexpr int64_t kGradBlocks = 4;  // query blocks that share one pair of dk, dv sums, at least
 
+// The whole of the work, which the parts of one sequence are a share of.
+struct Totals {
+  int64_t keys, cells;  // summed over sequences: Tk, Tq * Tk
+};
+
 // Depends on shapes only, never on the number of threads.
-void make_plan(AttentionParams& p) {
-  const int64_t heads = p.heads / p.kv_heads, groups = p.batch * p.kv_heads;
-  const int64_t rows = heads * p.queries;
-  auto& plan = p.plan;
+cpu::AttentionPlan make_plan(const AttentionParams& p, int64_t queries, int64_t keys,
+                             const Totals& all) {
+  cpu::AttentionPlan plan{};
+  plan.splits = plan.parts = 1;
+  plan.split_keys = keys;
+  if (queries == 0 || p.heads == 0) return plan;  // no blocks: dk and dv are zeros
+  const int64_t heads = p.heads / p.kv_heads, rows = heads * queries;
   // Few rows with dropout are a test or a short training sequence: the tiles serve them, and decode
   // need not know of it.
   plan.decode = rows <= cpu::kAttentionDecodeRows && !p.dropout.active;
-  plan.packed = heads > 1 && p.queries < cpu::kAttentionLanes;
+  plan.packed = heads > 1 && queries < cpu::kAttentionLanes;
   plan.blocks = plan.packed ? div_up(rows, cpu::kAttentionLanes)
-                            : heads * div_up(p.queries, cpu::kAttentionLanes);
-  plan.first_key = 0;
-  if (p.left >= 0) plan.first_key = std::clamp<int64_t>(p.keys - p.queries - p.left, 0, p.keys);
-  const int64_t keys = p.keys - plan.first_key;
-  plan.splits = 1;
-  if (plan.blocks == 1 && groups > 0) {
-    const int64_t wanted = div_up(kSplitTasks, groups), possible = keys / kSplitKeys;
-    plan.splits = wanted < possible ? wanted : possible;
-    if (plan.splits < 1) plan.splits = 1;
+                            : heads * div_up(queries, cpu::kAttentionLanes);
+  if (keys == 0) return plan;
+  if (p.left >= 0) plan.first_key = std::clamp<int64_t>(keys - queries - p.left, 0, keys);
+  const int64_t seen = keys - plan.first_key;
+  if (plan.blocks == 1) {
+    const int64_t wanted = div_up(kSplitTasks * keys, all.keys * p.kv_heads);
+    plan.splits = std::max<int64_t>(std::min(wanted, seen / kSplitKeys), 1);
   }
-  plan.split_keys = div_up(div_up(keys, plan.splits), 96) * 96;
-  if (plan.split_keys > 0) plan.splits = div_up(keys, plan.split_keys);
-  plan.parts = 1;
-  if (groups > 0 && groups < kGradTasks) {
-    const int64_t wanted = div_up(kGradTasks, groups), possible = plan.blocks / kGradBlocks;
-    plan.parts = wanted < possible ? wanted : possible;
-    if (plan.parts < 1) plan.parts = 1;
+  plan.split_keys = div_up(div_up(seen, plan.splits), 96) * 96;
+  if (plan.split_keys > 0) plan.splits = std::max<int64_t>(div_up(seen, plan.split_keys), 1);
+  const int64_t wanted = div_up(kGradTasks * queries * keys, all.cells * p.kv_heads);
+  plan.parts = std::max<int64_t>(std::min(wanted, plan.blocks / kGradBlocks), 1);
+  return plan;
+}
+
+// `rows_of`: rows that a group's partial results take. Their sum over all groups.
+template <class RowsOf>
+int64_t plan_partial(AttentionParams& p, UnequalSequences* unequal, const RowsOf& rows_of) {
+  if (!unequal) {
+    return p.batch * p.kv_heads * rows_of({0, p.queries, 0, p.keys, nullptr, p.plan, 0});
   }
+  int64_t total = 0;
+  for (auto& sequence : unequal->sequences) {
+    sequence.partial = total;
+    total += p.kv_heads * rows_of(sequence);
+  }
+  return total;
+}
+
+// `pieces_of`: how many tasks a group is cut into, and what each is. The longest sequences come
+// first, so that the last task to start is a short one.
+template <class Pieces>
+int64_t plan_tasks(AttentionParams& p, UnequalSequences* unequal, const Pieces& pieces) {
+  if (!unequal) {
+    return p.batch * p.kv_heads * pieces(p.plan, 0, nullptr);
+  }
+  std::vector<int64_t> order(unequal->sequences.size());
+  for (size_t b = 0; b < order.size(); ++b) order[b] = static_cast<int64_t>(b);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return unequal->sequences[a].keys > unequal->sequences[b].keys;
+  });
+  for (const int64_t b : order) {
+    for (int64_t head = 0; head < p.kv_heads; ++head)
+      pieces(unequal->sequences[b].plan, b * p.kv_heads + head, &unequal->tasks);
+  }
+  p.tasks = unequal->tasks.data();
+  return static_cast<int64_t>(unequal->tasks.size());
+}
+
+// Plans, of all sequences alike or of each; the batch of unequal ones. What all of them sum up to.
+Totals make_plans(AttentionParams& p, UnequalSequences* unequal) {
+  if (!unequal) {
+    const Totals all{p.batch * p.keys, p.batch * p.queries * p.keys};
+    p.plan = make_plan(p, p.queries, p.keys, all);
+    return all;
+  }
+  Totals all{0, 0};
+  for (const auto& sequence : unequal->sequences) {
+    all.keys += sequence.keys;
+    all.cells += sequence.queries * sequence.keys;
+  }
+  for (auto& sequence : unequal->sequences)
+    sequence.plan = make_plan(p, sequence.queries, sequence.keys, all);
+  return all;
 }
 
 // A worker takes 55-85 us to wake: about 4M multiply-adds, or 1 MB of keys and values.
-bool worth_threads(const AttentionParams& p) {
-  int64_t seen = p.keys;  // by one query
-  if (p.left >= 0 && p.right >= 0) seen = std::min(seen, p.left + p.right + cpu::kAttentionLanes);
-  const int64_t work = p.batch * p.heads * p.queries * seen * (p.dim + p.dim_v);
-  const int64_t bytes = p.batch * p.kv_heads * (p.keys - p.plan.first_key) * (p.dim + p.dim_v) *
-                        (p.type == cpu::DType::f32 ? 4 : 2);
+bool worth_threads(const AttentionParams& p, Totals all) {
+  const auto reach = [](int64_t keys, int64_t of) { return std::min(keys, of); };
+  if (p.left >= 0) {  // by one query, and by all of a short batch
+    const int64_t seen = p.left + 1 + std::max<int64_t>(p.right, 0) + cpu::kAttentionLanes;
+    if (p.right >= 0) all.cells = reach(all.cells, all.cells / std::max<int64_t>(p.keys, 1) * seen);
+    all.keys = reach(all.keys, p.batch * (p.left + p.queries));
+  }
+  const int64_t work = p.heads * all.cells * (p.dim + p.dim_v);
+  const int64_t bytes =
+      p.kv_heads * all.keys * (p.dim + p.dim_v) * (p.type == cpu::DType::f32 ? 4 : 2);
   return work > 4000000 || bytes > 1000000;
 }
 
-// What happens to the scores, as it comes through the schema. A window bound of -1, a soft cap of 0
-// and a dropout of 0 are none.
-struct Modifiers {
-  int64_t window_left, window_right;
-  const std::optional<Tensor>& alibi_slopes;  // [Hq] or [B, Hq], float32
-  double softcap;
-  const std::optional<Tensor>& sinks;  // [Hq], float32, contiguous
-  double dropout_p;
-  const std::optional<Tensor>& seed;  // [1], int64
-};
-
-void read_modifiers(const Modifiers& m, bool causal, AttentionParams& p) {
+void read_modifiers(const AttentionModifiers& m, bool causal, AttentionParams& p) {
   // Bounds as wide as all there is are none; this also keeps sums with them far from overflow.
   const int64_t all = p.queries + p.keys;
   p.left = m.window_left < all ? std::max<int64_t>(m.window_left, -1) : -1;
@@ -175,25 +219,38 @@ void read_modifiers(const Modifiers& m, bool causal, AttentionParams& p) {
 // Everything but the outputs. q, k, v have a dense last dimension.
 AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
                             const std::optional<Tensor>& mask, bool causal, double scale,
-                            const Modifiers& modifiers) {
+                            const AttentionModifiers& modifiers, UnequalSequences* unequal) {
   AttentionParams p{};
   p.type = kernel_dtype(q.scalar_type(), kName);
   LLMOPS_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kName,
                ": q, k and v must have one dtype");
   p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.dim = q.size(3);
   p.kv_heads = k.size(1), p.keys = k.size(2), p.dim_v = v.size(3);
-  LLMOPS_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads &&
-                   v.size(2) == p.keys && k.size(3) == p.dim,
+  const bool paged = unequal && unequal->page > 0;
+  LLMOPS_CHECK((paged || k.size(0) == p.batch) && v.size(0) == k.size(0) &&
+                   v.size(1) == p.kv_heads && v.size(2) == p.keys && k.size(3) == p.dim,
                kName,
                ": k and v must be [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv] for q [B, Hq, Tq, D]");
   LLMOPS_CHECK(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, kName, ": ", p.heads,
                " query heads are no multiple of ", p.kv_heads, " key/value heads");
   p.scale = static_cast<float>(scale);
-  read_modifiers(modifiers, causal, p);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
   read_strides(q, p.q_stride);
   read_strides(k, p.k_stride);
   read_strides(v, p.v_stride);
+  p.lse_stride[0] = p.heads * p.queries, p.lse_stride[1] = p.queries;
+  if (unequal) {
+    p.batch = static_cast<int64_t>(unequal->sequences.size());
+    p.sequences = unequal->sequences.data();
+    p.page = unequal->page;
+    p.queries = p.keys = 0;
+    for (const auto& sequence : unequal->sequences) {
+      p.queries = std::max(p.queries, sequence.queries);
+      p.keys = std::max(p.keys, sequence.keys);
+    }
+    if (unequal->packed) p.q_stride[0] = p.k_stride[0] = p.v_stride[0] = p.lse_stride[0] = 0;
+  }
+  read_modifiers(modifiers, causal, p);
   if (mask.has_value()) {
     const bool boolean = mask->scalar_type() == ScalarType::Bool;
     p.mask_kind = boolean ? ScoreMask::boolean : ScoreMask::additive;
@@ -211,46 +268,63 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
   return p;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q_in, const Tensor& k_in,
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in,
                                              const Tensor& v_in, const std::optional<Tensor>& mask,
-                                             bool causal, double scale, int64_t window_left,
-                                             int64_t window_right,
-                                             const std::optional<Tensor>& alibi_slopes,
-                                             double softcap, const std::optional<Tensor>& sinks,
-                                             double dropout_p, const std::optional<Tensor>& seed) {
+                                             bool causal, double scale,
+                                             const AttentionModifiers& modifiers,
+                                             UnequalSequences* unequal) {
   const Tensor q = heads_dense(q_in, "q"), k = heads_dense(k_in, "k"), v = heads_dense(v_in, "v");
-  AttentionParams p =
-      make_params(q, k, v, mask, causal, scale,
-                  {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed});
+  AttentionParams p = make_params(q, k, v, mask, causal, scale, modifiers, unequal);
   Tensor out = new_heads(q_in, p.dim_v, q.scalar_type());
-  Tensor lse = new_output(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
+  Tensor lse = new_output(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   read_strides(out, p.out_stride);
-  make_plan(p);
-  const int64_t groups = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.queries;
+  if (unequal && unequal->packed) p.out_stride[0] = 0;
+  const Totals all = make_plans(p, unequal);
+  const int64_t heads = p.heads / p.kv_heads;
+  const int64_t partial_rows = plan_partial(p, unequal, [&](const cpu::AttentionSequence& s) {
+    return s.plan.splits > 1 ? s.plan.splits * heads * s.queries : 0;
+  });
   std::optional<Tensor> partial;
-  if (p.plan.splits > 1) {
-    partial = new_output(q, {groups * p.plan.splits * rows * (p.dim_v + 1)}, ScalarType::Float);
+  if (partial_rows > 0) {
+    partial = new_output(q, {partial_rows * (p.dim_v + 1)}, ScalarType::Float);
     p.partial = static_cast<float*>(partial->data_ptr());
   }
-  const bool threads = worth_threads(p);
-  const auto kernel =
-      p.plan.decode ? LLMOPS_CPU_CALL(attention_decode) : LLMOPS_CPU_CALL(attention_fwd);
-  const int64_t bytes = p.plan.decode ? LLMOPS_CPU_CALL(attention_decode_scratch)(p)
-                                      : LLMOPS_CPU_CALL(attention_fwd_scratch)(p);
-  parallel_tasks(groups * p.plan.blocks * p.plan.splits, threads, [&](int64_t task) {
+  const int64_t tasks = plan_tasks(
+      p, unequal,
+      [](const cpu::AttentionPlan& plan, int64_t group, std::vector<cpu::AttentionTask>* list) {
+        if (list) {
+          for (int64_t block = plan.blocks; block-- > 0;)
+            for (int64_t split = 0; split < plan.splits; ++split)
+              list->push_back({group, block, split});
+        }
+        return plan.blocks * plan.splits;
+      });
+  const auto tiles = LLMOPS_CPU_CALL(attention_fwd), decode = LLMOPS_CPU_CALL(attention_decode);
+  const auto is_decode = [&](int64_t task) {
+    return unequal ? p.sequences[p.tasks[task].group / p.kv_heads].plan.decode : p.plan.decode;
+  };
+  int64_t bytes = 0;
+  if (unequal || !p.plan.decode) bytes = LLMOPS_CPU_CALL(attention_fwd_scratch)(p);
+  if (unequal || p.plan.decode)
+    bytes = std::max(bytes, LLMOPS_CPU_CALL(attention_decode_scratch)(p));
+  parallel_tasks(tasks, worth_threads(p, all), [&](int64_t task) {
     const Scratch scratch(bytes);
-    kernel(p, task, scratch.data());
+    (is_decode(task) ? decode : tiles)(p, task, scratch.data());
   });
-  if (p.plan.splits > 1) {
+  if (partial_rows > 0) {
     const auto combine = LLMOPS_CPU_CALL(attention_combine);
-    parallel_rows(groups * rows, p.dim_v * p.plan.splits,
+    parallel_rows(p.batch * p.heads * p.queries, p.dim_v * div_up(partial_rows, p.batch * p.heads),
                   [&](int64_t begin, int64_t end) { combine(p, begin, end); });
   }
   return {out, lse};
 }
+
+namespace {
 
 // dsinks [Hq] from what each row adds, [B, Hq, Tq].
 Tensor sum_rows_of_heads(const Tensor& rows) {
@@ -266,25 +340,27 @@ Tensor sum_rows_of_heads(const Tensor& rows) {
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>> attention_bwd_cpu(
-    const Tensor& grad_out_in, const std::optional<Tensor>& grad_lse, const Tensor& q_in,
-    const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask, const Tensor& out_in,
-    const Tensor& lse_in, bool causal, double scale, bool need_mask_grad, int64_t window_left,
-    int64_t window_right, const std::optional<Tensor>& alibi_slopes, double softcap,
-    const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& seed) {
+}  // namespace
+
+AttentionGradients attention_backward(const Tensor& grad_out_in,
+                                      const std::optional<Tensor>& grad_lse, const Tensor& q_in,
+                                      const Tensor& k_in, const Tensor& v_in,
+                                      const std::optional<Tensor>& mask, const Tensor& out_in,
+                                      const Tensor& lse_in, bool causal, double scale,
+                                      bool need_mask_grad, const AttentionModifiers& modifiers,
+                                      UnequalSequences* unequal) {
   const Tensor q = heads_dense(q_in, "q"), k = heads_dense(k_in, "k"), v = heads_dense(v_in, "v");
   const Tensor out = heads_dense(out_in, "out"), grad_out = heads_dense(grad_out_in, "grad_out");
   const Tensor lse = lse_in.is_contiguous() ? lse_in : torch::stable::contiguous(lse_in);
   cpu::AttentionGradParams g{};
   AttentionParams& p = g.fwd;
-  p = make_params(q, k, v, mask, causal, scale,
-                  {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed});
-  const std::vector<int64_t> out_shape = {p.batch, p.heads, p.queries, p.dim_v};
+  p = make_params(q, k, v, mask, causal, scale, modifiers, unequal);
+  const std::vector<int64_t> out_shape = {q.size(0), q.size(1), q.size(2), p.dim_v};
   LLMOPS_CHECK(shape_of(out) == out_shape && shape_of(grad_out) == out_shape &&
                    out.scalar_type() == q.scalar_type() &&
                    grad_out.scalar_type() == q.scalar_type(),
                kName, ": out and grad_out must be [B, Hq, Tq, Dv] in q's dtype");
-  const std::vector<int64_t> lse_shape = {p.batch, p.heads, p.queries};
+  const std::vector<int64_t> lse_shape = {q.size(0), q.size(1), q.size(2)};
   LLMOPS_CHECK(shape_of(lse) == lse_shape && lse.scalar_type() == ScalarType::Float, kName,
                ": lse must be float32 [B, Hq, Tq]");
   p.out = out.data_ptr();
@@ -306,19 +382,28 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>>
   read_strides(dk, g.dk_stride);
   read_strides(dv, g.dv_stride);
 
-  const int64_t groups = p.batch * p.kv_heads;
-  const bool threads = worth_threads(p);
-  if (p.queries > 0 && groups > 0) {
-    make_plan(p);
-  } else {
-    p.plan = {false, false, 0, 1, 0, p.keys, 1};  // no queries: dk and dv are zeros
+  if (unequal && unequal->packed) {
+    for (int64_t* stride : {p.out_stride, g.grad_out_stride, g.grad_lse_stride, g.dq_stride,
+                            g.dk_stride, g.dv_stride})
+      stride[0] = 0;
   }
+
+  const Totals all = make_plans(p, unequal);
+  const int64_t partial_keys = plan_partial(p, unequal, [](const cpu::AttentionSequence& s) {
+    return s.plan.parts > 1 ? s.plan.parts * s.keys : 0;
+  });
   std::optional<Tensor> partial;
-  if (p.plan.parts > 1) {
+  if (partial_keys > 0) {
     const int64_t width = LLMOPS_CPU_CALL(attention_bwd_width)(p);
-    partial = new_output(q, {groups * p.plan.parts * p.keys * width}, ScalarType::Float);
+    partial = new_output(q, {partial_keys * width}, ScalarType::Float);
     g.partial = static_cast<float*>(partial->data_ptr());
   }
+  const int64_t tasks = plan_tasks(
+      p, unequal,
+      [](const cpu::AttentionPlan& plan, int64_t group, std::vector<cpu::AttentionTask>* list) {
+        for (int64_t part = 0; list && part < plan.parts; ++part) list->push_back({group, part, 0});
+        return plan.parts;
+      });
   std::optional<Tensor> dsink;
   if (p.sinks) {
     dsink = new_output(q, lse_shape, ScalarType::Float);
@@ -326,13 +411,15 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>>
   }
   const auto kernel = LLMOPS_CPU_CALL(attention_bwd);
   const int64_t bytes = LLMOPS_CPU_CALL(attention_bwd_scratch)(g);
-  parallel_tasks(groups * p.plan.parts, threads, [&](int64_t task) {
+  const bool threads = worth_threads(p, all);
+  parallel_tasks(tasks, threads, [&](int64_t task) {
     const Scratch scratch(bytes);
     kernel(g, task, scratch.data());
   });
-  if (p.plan.parts > 1) {
+  if (partial_keys > 0) {
     const auto combine = LLMOPS_CPU_CALL(attention_bwd_combine);
-    parallel_rows(groups * p.keys, (p.dim + p.dim_v) * p.plan.parts,
+    const int64_t keys = p.batch * p.kv_heads * p.keys;
+    parallel_rows(keys, (p.dim + p.dim_v) * div_up(partial_keys, keys),
                   [&](int64_t begin, int64_t end) { combine(g, begin, end); });
   }
   if (dsink.has_value()) dsink = sum_rows_of_heads(*dsink);
@@ -355,6 +442,33 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>>
     mask_kernel(g, task, scratch.data());
   });
   return {dq, dk, dv, dmask, dsink};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const std::optional<Tensor>& mask, bool causal,
+                                             double scale, int64_t window_left,
+                                             int64_t window_right,
+                                             const std::optional<Tensor>& alibi_slopes,
+                                             double softcap, const std::optional<Tensor>& sinks,
+                                             double dropout_p, const std::optional<Tensor>& seed) {
+  return attention_forward(
+      q, k, v, mask, causal, scale,
+      {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed}, nullptr);
+}
+
+AttentionGradients attention_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                                     const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& mask, const Tensor& out,
+                                     const Tensor& lse, bool causal, double scale,
+                                     bool need_mask_grad, int64_t window_left, int64_t window_right,
+                                     const std::optional<Tensor>& alibi_slopes, double softcap,
+                                     const std::optional<Tensor>& sinks, double dropout_p,
+                                     const std::optional<Tensor>& seed) {
+  return attention_backward(
+      grad_out, grad_lse, q, k, v, mask, out, lse, causal, scale, need_mask_grad,
+      {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed}, nullptr);
 }
 
 }  // namespace

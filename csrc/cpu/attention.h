@@ -29,6 +29,24 @@ struct AttentionPlan {
   int64_t parts;       // backward: independent sums for dk and dv per (batch, kv head)
 };
 
+// One sequence of a batch of unequal ones (packed, or in a KV cache), or any item of an equal
+// batch.
+struct AttentionSequence {
+  int64_t query_start, queries;  // its rows of q, out and lse
+  int64_t key_start, keys;       // its rows of k and v
+  // Row r of a paged cache is row r % page of block pages[r / page]; null: not paged.
+  const int64_t* pages;
+  AttentionPlan plan;
+  int64_t partial;  // rows that the partial results of earlier sequences take
+};
+
+// One piece of the work of unequal sequences.
+struct AttentionTask {
+  int64_t group;  // batch * Hkv + kv head
+  int64_t index;  // query block; in the backward, part
+  int64_t split;
+};
+
 // Which scores' values lose their weight: the element (batch, head, query, key) is dropped where
 // its 32 random bits (attention_dropout.h) are below `below`. `scale`, of what is kept, is
 // 1 / (1 - p), and 0 for p = 1. 0 is no dropout at all: `active` says so.
@@ -53,15 +71,21 @@ struct AttentionParams {
   int64_t slope_stride[2];
   const float* sinks;  // [Hq], contiguous, or null
   AttentionDropout dropout;
-  int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
+  int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;  // the most queries, the most keys
   const void *q, *k, *v;  // [B, Hq, Tq, D], [B, Hkv, Tk, D], [B, Hkv, Tk, Dv]
   const void* mask;       // broadcast to [B, Hq, Tq, Tk] by its strides
   int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[4];
   void* out;  // [B, Hq, Tq, Dv]
   int64_t out_stride[3];
-  float* lse;      // [B, Hq, Tq], contiguous
+  float* lse;  // [B, Hq, Tq], the last dimension dense
+  int64_t lse_stride[2];
   float* partial;  // [B * Hkv, splits, rows, Dv + 1]: out, then lse; splits > 1
   AttentionPlan plan;
+  // Unequal sequences [B] and their tasks; null: all alike, by `plan`. Packed ones have batch
+  // strides of 0.
+  const AttentionSequence* sequences;
+  const AttentionTask* tasks;
+  int64_t page;  // keys of a page, where sequences have pages
 };
 
 struct AttentionGradParams {
@@ -81,7 +105,7 @@ struct AttentionGradParams {
 
 // Bytes of scratch one running task needs.
 LLMOPS_CPU_KERNEL(int64_t, attention_fwd_scratch, const llmops::cpu::AttentionParams&)
-// task: [0, B * Hkv * blocks * splits).
+// task: [0, B * Hkv * blocks * splits), or an index of `tasks`.
 LLMOPS_CPU_KERNEL(void, attention_fwd, const llmops::cpu::AttentionParams&, int64_t task,
                   void* scratch)
 // The same for plan.decode. task: [0, B * Hkv * splits).

@@ -144,7 +144,7 @@ struct Backward {
 
   // Scores of a block of keys, modified.
   Cells block_scores(int64_t key, int keys, int* visible) const {
-    const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
+    const T* k = key_run<T>(p, block, p.k, p.k_stride, key, keys).first;
     for (int j = 0; j < block.vecs; ++j) visible[j] = clamp_int(block.vec_limit[j] - key, 0, keys);
     const Cells k_cells = key_cells<T, kPairs>(k, p.k_stride[2], keys, p.dim, s.k);
     scores<kPairs>(k_cells, s.q, kPairs ? (p.dim + 1) / 2 : p.dim, keys, block.vecs, visible, s.s,
@@ -178,9 +178,8 @@ struct Backward {
   }
 
   void add_keys(int64_t key, int keys) const {
-    [[maybe_unused]] const T* k =
-        row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
-    const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
+    [[maybe_unused]] const T* k = key_run<T>(p, block, p.k, p.k_stride, key, keys).first;
+    const T* v = key_run<T>(p, block, p.v, p.v_stride, key, keys).first;
     const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
     int visible[kBlockVecs];
     Cells k_cells = block_scores(key, keys, visible);
@@ -235,8 +234,7 @@ struct Backward {
     if (kNatural && needs_norm(block, s.lanes)) normalize();
     if (kForm && g.dsink) {
       for (int i = 0; i < block.count; ++i)
-        g.dsink[(block.batch * p.heads + block.head[i]) * p.queries + block.token[i]] =
-            -sink_weight(i) * s.lanes.norm[i] * s.lanes.delta[i];
+        g.dsink[lse_at(p, block, i)] = -sink_weight(i) * s.lanes.norm[i] * s.lanes.delta[i];
     }
     for (int64_t key = block.begin; key < block.end; key += kGradKeys)
       add_keys(key, static_cast<int>(min64(kGradKeys, block.end - key)));
@@ -250,10 +248,11 @@ LLMOPS_INLINE void fill_zero(float* p, int64_t n) { __builtin_memset(p, 0, n * s
 
 // Row `key` of dk and dv from its fp32 sums.
 template <class T>
-LLMOPS_INLINE void write_row(const AttentionGradParams& g, int64_t group, int64_t key,
-                             const float* dk, const float* dv) {
+LLMOPS_INLINE void write_row(const AttentionGradParams& g, const AttentionSequence& sequence,
+                             int64_t group, int64_t key, const float* dk, const float* dv) {
   const AttentionParams& p = g.fwd;
   const int64_t batch = group / p.kv_heads, head = group % p.kv_heads;
+  key += sequence.key_start;
   T* dk_row = row_at(static_cast<T*>(g.dk), g.dk_stride, batch, head, key);
   T* dv_row = row_at(static_cast<T*>(g.dv), g.dv_stride, batch, head, key);
   for (int64_t d = 0; d < p.dim; d += W)
@@ -267,18 +266,22 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   Arena arena{static_cast<char*>(scratch)};
   const Scratch s = layout<T, kPairs, kForm>(p, arena);
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
-  const int64_t group = task / p.plan.parts, part = task % p.plan.parts;
-  float* sums = p.plan.parts > 1 ? g.partial + task * p.keys * (dim + dim_v)
-                                 : arena.take<float>(p.keys * (dim + dim_v));
-  fill_zero(sums, p.keys * (dim + dim_v));
+  const AttentionTask of =
+      p.tasks ? p.tasks[task] : AttentionTask{task / p.plan.parts, task % p.plan.parts, 0};
+  const AttentionSequence sequence = sequence_of(p, of.group / p.kv_heads);
+  const int64_t keys = sequence.keys, parts = sequence.plan.parts;
+  const int64_t start = partial_start(p, sequence, of.group, parts * keys) + of.index * keys;
+  float* sums =
+      parts > 1 ? g.partial + start * (dim + dim_v) : arena.take<float>(keys * (dim + dim_v));
+  fill_zero(sums, keys * (dim + dim_v));
   fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
   QueryBlock block;
-  const Backward<T, kPairs, kForm> backward{g, p, s, block, sums, sums + p.keys * dim};
-  for (int64_t index = part; index < p.plan.blocks; index += p.plan.parts)
-    backward.run_block(group, index);
-  if (p.plan.parts > 1) return;
-  for (int64_t key = 0; key < p.keys; ++key)
-    write_row<T>(g, group, key, backward.dk + key * dim, backward.dv + key * dim_v);
+  const Backward<T, kPairs, kForm> backward{g, p, s, block, sums, sums + keys * dim};
+  for (int64_t index = of.index; index < sequence.plan.blocks; index += parts)
+    backward.run_block(of.group, index);
+  if (parts > 1) return;
+  for (int64_t key = 0; key < keys; ++key)
+    write_row<T>(g, sequence, of.group, key, backward.dk + key * dim, backward.dv + key * dim_v);
 }
 
 template <class T, bool kPairs>
@@ -300,7 +303,8 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   layout<bf16, true, kModified>(g.fwd, pairs);
   const int64_t fixed =
       max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
-  return fixed + (g.fwd.plan.parts > 1 ? 0 : g.fwd.keys * attention_bwd_width(g.fwd) * 4 + 64);
+  const bool all_in_parts = !g.fwd.sequences && g.fwd.plan.parts > 1;
+  return fixed + (all_in_parts ? 0 : g.fwd.keys * attention_bwd_width(g.fwd) * 4 + 64);
 }
 
 void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {
@@ -316,16 +320,19 @@ void attention_bwd_combine(const AttentionGradParams& g, int64_t begin, int64_t 
   const AttentionParams& p = g.fwd;
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t group = r / p.keys, key = r % p.keys, stride = p.keys * (dim + dim_v);
-    float* first = g.partial + group * p.plan.parts * stride;
-    float *dk = first + key * dim, *dv = first + p.keys * dim + key * dim_v;
-    for (int64_t part = 1; part < p.plan.parts; ++part) {
+    const int64_t group = r / p.keys, key = r % p.keys;
+    const AttentionSequence sequence = sequence_of(p, group / p.kv_heads);
+    const int64_t keys = sequence.keys, parts = sequence.plan.parts, stride = keys * (dim + dim_v);
+    if (key >= keys || parts == 1) continue;
+    float* first = g.partial + partial_start(p, sequence, group, parts * keys) * (dim + dim_v);
+    float *dk = first + key * dim, *dv = first + keys * dim + key * dim_v;
+    for (int64_t part = 1; part < parts; ++part) {
       for (int64_t d = 0; d < dim; d += W)
         store(dk + d, load(dk + d) + load(dk + part * stride + d));
       for (int64_t d = 0; d < dim_v; d += W)
         store(dv + d, load(dv + d) + load(dv + part * stride + d));
     }
-    LLMOPS_DISPATCH(p.type, T, (write_row<T>(g, group, key, dk, dv)));
+    LLMOPS_DISPATCH(p.type, T, (write_row<T>(g, sequence, group, key, dk, dv)));
   }
 }
 

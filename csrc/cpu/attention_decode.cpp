@@ -182,7 +182,7 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   if (kForm && p.slopes)
     slope = p.slopes[block.batch * p.slope_stride[0] + block.head[r] * p.slope_stride[1]];
   for (int i = 0; i < W; ++i) lanes[i] = static_cast<float>(i);
-  const int64_t offset = key - (block.token[r] + p.keys - p.queries);
+  const int64_t offset = key - (block.token[r] + block.shift);
   const int64_t step = p.mask_stride[3];
   const int64_t at = block.batch * p.mask_stride[0] + block.head[r] * p.mask_stride[1] +
                      block.token[r] * p.mask_stride[2] + key * step;
@@ -236,10 +236,11 @@ template <class T, bool kPairs, bool kForm>
 LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   Scratch s = layout(p, arena);
-  const int64_t split = task % p.plan.splits, group = task / p.plan.splits;
+  const auto [group, index, split] = task_of(p, task);
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   QueryBlock block;
-  begin_block(p, group, 0, block);
+  begin_block(p, group, index, block);
+  const AttentionPlan& plan = block.sequence.plan;
 
   // Rows of queries, dense, zero past D and past the last row.
   const Scale scale = split_scale(p.scale);
@@ -269,22 +270,29 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
     }
   }
 
-  const int64_t part = p.plan.first_key + split * p.plan.split_keys;
+  const int64_t part = plan.first_key + split * plan.split_keys;
   const int64_t begin = max64(block.begin, part);
-  const int64_t end = min64(block.end, part + p.plan.split_keys);
+  const int64_t end = min64(block.end, part + plan.split_keys);
   for (int64_t key = begin; key < end; key += kRun) {
     const int keys = static_cast<int>(min64(kRun, end - key));
-    const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
-    const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
-    if (block.count == 1 || W == 1) {
-      score_run<T, kPairs, 1>(k, p.k_stride[2], keys, p.dim, block.count, s.q, ldq, s.s);
-    } else if (block.count == 2) {
-      score_run<T, kPairs, W == 1 ? 1 : 2>(k, p.k_stride[2], keys, p.dim, 2, s.q, ldq, s.s);
-    } else {
-      score_run<T, kPairs, kRowTile>(k, p.k_stride[2], keys, p.dim, block.count, s.q, ldq, s.s);
+    KeyRows<T> run;  // all keys, or those of one page
+    for (int i = 0; i < keys; i += run.count) {
+      run = key_run<T>(p, block, p.k, p.k_stride, key + i, keys - i);
+      const auto [k, stride, count] = run;
+      if (block.count == 1 || W == 1) {
+        score_run<T, kPairs, 1>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+      } else if (block.count == 2) {
+        score_run<T, kPairs, W == 1 ? 1 : 2>(k, stride, count, p.dim, 2, s.q, ldq, s.s + i);
+      } else {
+        score_run<T, kPairs, kRowTile>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+      }
     }
     for (int r = 0; r < block.count; ++r) softmax_row<kForm>(p, block, s, r, key, keys);
-    value_run<T, kPairs>(v, p.v_stride[2], keys, p.dim_v, block.count, s.s, s.o, dim_v);
+    for (int i = 0; i < keys; i += run.count) {
+      run = key_run<T>(p, block, p.v, p.v_stride, key + i, keys - i);
+      value_run<T, kPairs>(run.first, run.stride, run.count, p.dim_v, block.count, s.s + i, s.o,
+                           dim_v);
+    }
   }
 
   const int64_t rows = block.count, width = p.dim_v + 1;
@@ -293,14 +301,14 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
     const float lse = l == 0.0f ? -kInf : s.m[r] * (kForm ? 1.0f : kLn2) + __builtin_logf(l);
     const float* o = s.o + r * dim_v;
     const Vec norm = set1(1.0f / l);
-    if (p.plan.splits == 1) {
-      T* out =
-          row_at(static_cast<T*>(p.out), p.out_stride, block.batch, block.head[r], block.token[r]);
+    if (plan.splits == 1) {
+      T* out = block_row(block, static_cast<T*>(p.out), p.out_stride, r);
       for (int64_t d = 0; d < p.dim_v; d += W)
         store_some(out + d, l == 0.0f ? zero() : load(o + d) * norm, p.dim_v - d);
-      p.lse[(block.batch * p.heads + block.head[r]) * p.queries + block.token[r]] = lse;
+      p.lse[lse_at(p, block, r)] = lse;
     } else {
-      float* out = p.partial + ((group * p.plan.splits + split) * rows + r) * width;
+      const int64_t start = partial_start(p, block.sequence, group, plan.splits * rows);
+      float* out = p.partial + (start + split * rows + r) * width;
       for (int64_t d = 0; d < p.dim_v; d += W)
         store_some(out + d, l == 0.0f ? zero() : load(o + d) * norm, p.dim_v - d);
       out[p.dim_v] = lse;

@@ -24,6 +24,7 @@ struct Scratch {
   float* pairs;                // [kKeys / 2][64]: probabilities as bf16 pairs
   float* o;                    // [padded Dv][64]
   float *k, *v;                // a block of keys and values, widened or paired
+  void *k_page, *v_page;       // the same as they come, from several pages
   float* bias;                 // the mask of a block
   float* keep;                 // [kKeys][64], or null without dropout
   float *m, *l, *alpha, *top;  // [64]
@@ -43,6 +44,10 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   } else if (sizeof(T) == 2) {
     s.k = arena.take<float>(kKeys * dim);
     s.v = arena.take<float>(kKeys * dim_v);
+  }
+  if (p.page > 0) {
+    s.k_page = arena.take<T>(kKeys * p.dim);
+    s.v_page = arena.take<T>(kKeys * p.dim_v);
   }
   if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kKeys));
   if (kForm && p.dropout.active) s.keep = arena.take<float>(kKeys * kLanes);
@@ -111,8 +116,10 @@ template <class T, bool kPairs, bool kForm>
 LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                             int64_t key, int keys) {
   constexpr bool kNatural = kForm;
-  const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, block.batch, block.kv_head, key);
-  const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, block.batch, block.kv_head, key);
+  const KeyRows<T> k =
+      key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
+  const KeyRows<T> v =
+      key_rows(p, block, p.v, p.v_stride, key, keys, p.dim_v, static_cast<T*>(s.v_page));
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   constexpr int64_t kSize = sizeof(T);
   int visible[kBlockVecs];
@@ -121,18 +128,18 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     store(s.top + j * W, set1(-kInf));
   }
 
-  Cells k_cells = cells(k, p.k_stride[2] * kSize, 4);
+  Cells k_cells = cells(k.first, k.stride * kSize, 4);
   int64_t k_steps = p.dim;
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     k_steps = (p.dim + 1) / 2;
     if (p.dim % 2) {
-      copy_rows(k, p.k_stride[2], keys, p.dim, reinterpret_cast<bf16*>(s.k), dim);
+      copy_rows(k.first, k.stride, keys, p.dim, reinterpret_cast<bf16*>(s.k), dim);
       k_cells = cells(s.k, dim * 2, 4);
     }
 #endif
   } else if constexpr (sizeof(T) == 2) {
-    widen_rows(k, p.k_stride[2], keys, p.dim, s.k, dim);
+    widen_rows(k.first, k.stride, keys, p.dim, s.k, dim);
     k_cells = cells(s.k, dim * 4, 4);
   }
   scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
@@ -145,15 +152,15 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     if (visible[j] > 0) softmax_lanes<kPairs, kNatural>(s, j, visible[j], factor);
   }
 
-  Cells v_cells = cells(v, 4, p.v_stride[2] * 4);
+  Cells v_cells = cells(v.first, 4, v.stride * 4);
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     for (int j = 0; j < block.vecs; ++j) visible[j] = (visible[j] + 1) / 2;
-    pack_row_pairs([&](int64_t i) { return v + i * p.v_stride[2]; }, keys, p.dim_v, s.v, dim_v);
+    pack_row_pairs([&](int64_t i) { return v.first + i * v.stride; }, keys, p.dim_v, s.v, dim_v);
     v_cells = cells(s.v, 4, dim_v * 4);
 #endif
   } else if constexpr (sizeof(T) == 2) {
-    widen_rows(v, p.v_stride[2], keys, p.dim_v, s.v, dim_v);
+    widen_rows(v.first, v.stride, keys, p.dim_v, s.v, dim_v);
     v_cells = cells(s.v, 4, dim_v * 4);
   }
   update_lanes<kPairs>(v_cells, p.dim_v, kPairs ? s.pairs : s.s, block.vecs, visible, s.o, s.alpha);
@@ -163,12 +170,10 @@ template <class T, bool kPairs, bool kForm>
 void run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   const Scratch s = layout<T, kPairs, kForm>(p, arena);
-  const int64_t split = task % p.plan.splits;
-  task /= p.plan.splits;
-  // The last block of a head first: under a causal mask it is the longest.
-  const int64_t group = task / p.plan.blocks, index = p.plan.blocks - 1 - task % p.plan.blocks;
+  const auto [group, index, split] = task_of(p, task);
   QueryBlock block;
   begin_block(p, group, index, block);
+  const AttentionPlan& plan = block.sequence.plan;
 
   const T* row[kLanes];
   block_rows(block, static_cast<const T*>(p.q), p.q_stride, row);
@@ -193,9 +198,9 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
     }
   }
 
-  const int64_t part = p.plan.first_key + split * p.plan.split_keys;
+  const int64_t part = plan.first_key + split * plan.split_keys;
   const int64_t begin = max64(block.begin, part);
-  const int64_t end = min64(block.end, part + p.plan.split_keys);
+  const int64_t end = min64(block.end, part + plan.split_keys);
   if (end > begin) {
     // Blocks of equal size, so that the last one is not a sliver.
     const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
@@ -213,15 +218,15 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
   }
   for (int i = 0; i < block.count; ++i)
     lse[i] = s.l[i] == 0.0f ? -kInf : s.m[i] * unit + __builtin_logf(s.l[i]);
-  if (p.plan.splits == 1) {
+  if (plan.splits == 1) {
     T* out[kLanes];
     block_rows(block, static_cast<T*>(p.out), p.out_stride, out);
     unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
-    for (int i = 0; i < block.count; ++i)
-      p.lse[(block.batch * p.heads + block.head[i]) * p.queries + block.token[i]] = lse[i];
+    for (int i = 0; i < block.count; ++i) p.lse[lse_at(p, block, i)] = lse[i];
   } else {
-    const int64_t rows = p.heads / p.kv_heads * p.queries, width = p.dim_v + 1;
-    float* base = p.partial + ((group * p.plan.splits + split) * rows + block.first) * width;
+    const int64_t rows = p.heads / p.kv_heads * block.sequence.queries, width = p.dim_v + 1;
+    const int64_t start = partial_start(p, block.sequence, group, plan.splits * rows);
+    float* base = p.partial + (start + split * rows + block.first) * width;
     float* out[kLanes];
     for (int i = 0; i < block.count; ++i) out[i] = base + i * width;
     unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
@@ -247,7 +252,11 @@ LLMOPS_INLINE bool use_pairs(const AttentionParams& p) {
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {
   Arena arena{nullptr};
-  layout<bf16, false, kModified>(p, arena);
+  if (p.type == DType::f32) {
+    layout<float, false, kModified>(p, arena);
+  } else {
+    layout<bf16, false, kModified>(p, arena);
+  }
   Arena pairs{nullptr};
   layout<bf16, true, kModified>(p, pairs);
   return max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));

@@ -50,7 +50,7 @@ LLMOPS_OUTLINE void begin_grad_block(const AttentionGradParams& g, const QueryBl
     lanes.delta[i] = 0.0f;
     lanes.norm[i] = 1.0f;
     if (i >= block.count) continue;
-    const float lse = p.lse[(block.batch * p.heads + block.head[i]) * p.queries + block.token[i]];
+    const float lse = p.lse[lse_at(p, block, i)];
     if (lse == -kInf) {
       q[i] = grad[i] = zeros;
       continue;
@@ -60,9 +60,7 @@ LLMOPS_OUTLINE void begin_grad_block(const AttentionGradParams& g, const QueryBl
     for (int64_t d = 0; d < p.dim_v; d += W)
       dot = fma(load_some(out[i] + d, p.dim_v - d), load_some(grad[i] + d, p.dim_v - d), dot);
     lanes.delta[i] = reduce_add(dot);
-    if (g.grad_lse)
-      lanes.delta[i] -=
-          *row_at(g.grad_lse, g.grad_lse_stride, block.batch, block.head[i], block.token[i]);
+    if (g.grad_lse) lanes.delta[i] -= *block_row(block, g.grad_lse, g.grad_lse_stride, i);
   }
 }
 

@@ -18,14 +18,32 @@ LLMOPS_INLINE bool is_modified(const AttentionParams& p) {
          p.dropout.active;
 }
 
-// Up to 64 query rows of one (batch, kv head).
+LLMOPS_INLINE AttentionSequence sequence_of(const AttentionParams& p, int64_t batch) {
+  if (p.sequences) return p.sequences[batch];
+  return {0, p.queries, 0, p.keys, nullptr, p.plan, 0};
+}
+LLMOPS_INLINE AttentionTask task_of(const AttentionParams& p, int64_t task) {
+  if (p.tasks) return p.tasks[task];
+  const int64_t block = task / p.plan.splits;
+  // The last block of a head first: under a causal mask it is the longest.
+  return {block / p.plan.blocks, p.plan.blocks - 1 - block % p.plan.blocks, task % p.plan.splits};
+}
+// The row of AttentionParams::partial where a group that has `rows` of them begins.
+LLMOPS_INLINE int64_t partial_start(const AttentionParams& p, const AttentionSequence& sequence,
+                                    int64_t group, int64_t rows) {
+  return p.sequences ? sequence.partial + group % p.kv_heads * rows : group * rows;
+}
+
+// Up to 64 query rows of one (batch, kv head). Tokens and keys count from their sequence's first.
 struct QueryBlock {
+  AttentionSequence sequence;
   int64_t batch, kv_head;
   int64_t first;    // first row, counted head * Tq + token within the group
   int count, vecs;  // rows, and the vectors they fill
   int64_t head[kLanes], token[kLanes];
   int64_t start[kLanes], limit[kLanes];  // row i sees keys [start[i], limit[i])
   int64_t vec_limit[kBlockVecs];         // the largest limit in vectors 0..j
+  int64_t shift;                         // the first query is at key `shift`
   int64_t begin, end;                    // no row sees a key outside [begin, end)
   int64_t full_begin, full_end;          // every row sees all of [full_begin, full_end)
 
@@ -37,27 +55,30 @@ struct QueryBlock {
   const int64_t heads_per_group = p.heads / p.kv_heads;
   block.batch = group / p.kv_heads;
   block.kv_head = group % p.kv_heads;
+  block.sequence = sequence_of(p, block.batch);
+  const int64_t queries = block.sequence.queries, keys = block.sequence.keys;
   int64_t count;
-  if (p.plan.packed) {
+  if (block.sequence.plan.packed) {
     block.first = index * kLanes;
-    count = heads_per_group * p.queries - block.first;
+    count = heads_per_group * queries - block.first;
   } else {
-    const int64_t per_head = (p.queries + kLanes - 1) / kLanes;
+    const int64_t per_head = (queries + kLanes - 1) / kLanes;
     const int64_t token = index % per_head * kLanes;
-    block.first = index / per_head * p.queries + token;
-    count = p.queries - token;
+    block.first = index / per_head * queries + token;
+    count = queries - token;
   }
   block.count = clamp_int(count, 0, kLanes);
   block.vecs = (block.count + W - 1) / W;
-  int64_t head = block.first / p.queries, token = block.first % p.queries;
-  block.begin = block.full_end = p.keys;
+  int64_t head = block.first / queries, token = block.first % queries;
+  block.shift = keys - queries;
+  block.begin = block.full_end = keys;
   block.end = block.full_begin = 0;
   for (int i = 0; i < block.count; ++i) {
     block.head[i] = block.kv_head * heads_per_group + head;
     block.token[i] = token;
     // Bottom-right alignment: the last query is at the last key.
-    const int64_t position = token + p.keys - p.queries;
-    const int64_t limit = p.right < 0 ? p.keys : max64(0, min64(p.keys, position + p.right + 1));
+    const int64_t position = token + block.shift;
+    const int64_t limit = p.right < 0 ? keys : max64(0, min64(keys, position + p.right + 1));
     const int64_t start = p.left < 0 ? 0 : max64(0, min64(limit, position - p.left));
     block.start[i] = start;
     block.limit[i] = limit;
@@ -66,7 +87,7 @@ struct QueryBlock {
     block.full_begin = max64(block.full_begin, start);
     block.full_end = min64(block.full_end, limit);
     block.vec_limit[i / W] = block.end;
-    if (++token == p.queries) {
+    if (++token == queries) {
       token = 0;
       ++head;
     }
@@ -78,11 +99,55 @@ LLMOPS_INLINE T* row_at(T* base, const int64_t* stride, int64_t batch, int64_t h
                         int64_t token) {
   return base + batch * stride[0] + head * stride[1] + token * stride[2];
 }
-// Pointers to the block's rows of a [B, Hq, Tq, *] tensor.
+// Row i of the block in a [B, Hq, Tq, *] tensor, and all of them.
+template <class T>
+LLMOPS_INLINE T* block_row(const QueryBlock& block, T* base, const int64_t* stride, int i) {
+  return row_at(base, stride, block.batch, block.head[i],
+                block.sequence.query_start + block.token[i]);
+}
 template <class T>
 LLMOPS_INLINE void block_rows(const QueryBlock& block, T* base, const int64_t* stride, T** row) {
-  for (int i = 0; i < block.count; ++i)
-    row[i] = row_at(base, stride, block.batch, block.head[i], block.token[i]);
+  for (int i = 0; i < block.count; ++i) row[i] = block_row(block, base, stride, i);
+}
+LLMOPS_INLINE int64_t lse_at(const AttentionParams& p, const AttentionSequence& sequence,
+                             int64_t batch, int64_t head, int64_t token) {
+  return batch * p.lse_stride[0] + head * p.lse_stride[1] + sequence.query_start + token;
+}
+LLMOPS_INLINE int64_t lse_at(const AttentionParams& p, const QueryBlock& block, int i) {
+  return lse_at(p, block.sequence, block.batch, block.head[i], block.token[i]);
+}
+
+// Rows of k or v from `key` on: the first one, their distance, and how many lie at that distance.
+template <class T>
+struct KeyRows {
+  const T* first;
+  int64_t stride;
+  int count;
+};
+template <class T>
+LLMOPS_INLINE KeyRows<T> key_run(const AttentionParams& p, const QueryBlock& block,
+                                 const void* base, const int64_t* stride, int64_t key, int keys) {
+  int64_t batch = block.batch, row = block.sequence.key_start + key;
+  if (__builtin_expect(block.sequence.pages != nullptr, 0)) {
+    batch = block.sequence.pages[row / p.page];
+    row %= p.page;
+    keys = clamp_int(p.page - row, 0, keys);
+  }
+  return {row_at(static_cast<const T*>(base), stride, batch, block.kv_head, row), stride[2], keys};
+}
+// All `keys` of them, copied together into `copy` [keys][dim] where they span pages.
+template <class T>
+LLMOPS_INLINE KeyRows<T> key_rows(const AttentionParams& p, const QueryBlock& block,
+                                  const void* base, const int64_t* stride, int64_t key, int keys,
+                                  int64_t dim, T* copy) {
+  KeyRows<T> run = key_run<T>(p, block, base, stride, key, keys);
+  if (run.count == keys) return run;
+  for (int i = 0; i < keys; i += run.count) {
+    run = key_run<T>(p, block, base, stride, key + i, keys - i);
+    for (int r = 0; r < run.count; ++r)
+      __builtin_memcpy(copy + (i + r) * dim, run.first + r * run.stride, dim * sizeof(T));
+  }
+  return {copy, dim, keys};
 }
 
 // n elements of a mask row as additive fp32: 0 or -inf for a boolean one.
@@ -169,7 +234,7 @@ LLMOPS_OUTLINE Vec modify_lanes(const AttentionParams& p, const QueryBlock& bloc
     cut_start = cut_start || starts[i] > 0.0f;
     cut_end = cut_end || limits[i] < static_cast<float>(visible);
     if constexpr ((kBits & kAlibi) != 0) {
-      offsets[i] = static_cast<float>(key - (block.token[lane] + p.keys - p.queries));
+      offsets[i] = static_cast<float>(key - (block.token[lane] + block.shift));
       slopes[i] = p.slopes[block.batch * p.slope_stride[0] + block.head[lane] * p.slope_stride[1]];
     }
   }

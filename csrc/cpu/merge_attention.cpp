@@ -6,6 +6,7 @@
 
 #include "attention.h"
 
+#include "attention_score.h"
 #include "attention_tile.h"
 #include "simd.h"
 
@@ -14,28 +15,31 @@ namespace llmops::cpu::LLMOPS_ISA {
 void attention_combine(const AttentionParams& p, int64_t begin, int64_t end) {
   const int64_t heads = p.heads / p.kv_heads, rows = heads * p.queries, width = p.dim_v + 1;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t group = r / rows, row = r % rows;
-    const int64_t batch = group / p.kv_heads, token = row % p.queries;
-    const int64_t head = group % p.kv_heads * heads + row / p.queries;
-    const float* part = p.partial + (group * p.plan.splits * rows + row) * width;
-    const int64_t stride = rows * width;
+    const int64_t group = r / rows, batch = group / p.kv_heads;
+    const int64_t token = r % p.queries, group_head = r % rows / p.queries;
+    const int64_t head = group % p.kv_heads * heads + group_head;
+    const AttentionSequence sequence = sequence_of(p, batch);
+    const int64_t splits = sequence.plan.splits;
+    if (token >= sequence.queries || splits == 1) continue;
+    const int64_t start = partial_start(p, sequence, group, splits * heads * sequence.queries);
+    const float* part = p.partial + (start + group_head * sequence.queries + token) * width;
+    const int64_t stride = heads * sequence.queries * width;
     float top = -kInf;
-    for (int64_t s = 0; s < p.plan.splits; ++s) {
+    for (int64_t s = 0; s < splits; ++s) {
       const float lse = part[s * stride + p.dim_v];
       top = lse > top ? lse : top;
     }
     const float shift = top == -kInf ? 0.0f : top;
     float sum = 0.0f;
-    for (int64_t s = 0; s < p.plan.splits; ++s)
-      sum += exp_scalar(part[s * stride + p.dim_v] - shift);
-    p.lse[(batch * p.heads + head) * p.queries + token] =
+    for (int64_t s = 0; s < splits; ++s) sum += exp_scalar(part[s * stride + p.dim_v] - shift);
+    p.lse[lse_at(p, sequence, batch, head, token)] =
         sum == 0.0f ? -kInf : shift + __builtin_logf(sum);
-    const int64_t at = batch * p.out_stride[0] + head * p.out_stride[1] + token * p.out_stride[2];
     LLMOPS_DISPATCH(p.type, T, {
-      T* out = static_cast<T*>(p.out) + at;
+      T* out =
+          row_at(static_cast<T*>(p.out), p.out_stride, batch, head, sequence.query_start + token);
       for (int64_t d = 0; d < p.dim_v; d += W) {
         Vec acc = zero();
-        for (int64_t s = 0; s < p.plan.splits; ++s) {
+        for (int64_t s = 0; s < splits; ++s) {
           const float lse = part[s * stride + p.dim_v];
           if (lse == -kInf) continue;
           acc = fma(set1(exp_scalar(lse - shift) / sum),

@@ -17,10 +17,13 @@ PASSES = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
     "attention": "forward, backward",
+    "attention_kvcache": "forward",
+    "attention_varlen": "forward, backward",
     "cross_entropy": "forward, backward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
+    "kv_cache_append_": "in place",
     "layer_norm": "forward, backward",
     "linear": "forward (gradients: torch's products)",
     "linear_cross_entropy": "forward, backward",
@@ -38,6 +41,8 @@ PASSES = {
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING = {
     "attention": ("gradient of alibi_slopes",),
+    "attention_kvcache": ("gradient of alibi_slopes",),
+    "attention_varlen": ("gradient of alibi_slopes",),
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
@@ -107,6 +112,10 @@ if _extension.REASON is None:
     rope_qk_ = _raw.rope_qk_.default
     attention = _raw.attention_fwd.default
     attention_bwd = _raw.attention_bwd.default
+    attention_varlen = _raw.attention_varlen_fwd.default
+    attention_varlen_bwd = _raw.attention_varlen_bwd.default
+    attention_kvcache = _raw.attention_kvcache.default
+    kv_cache_append_ = _raw.kv_cache_append_.default
     merge_attention = _raw.merge_attention_fwd.default
     merge_attention_bwd = _raw.merge_attention_bwd.default
     rms_norm = _raw.rms_norm_fwd.default

@@ -98,7 +98,7 @@ def attention(
         features = ("mask",)
     if causal:
         features += ("causal",)
-    modifiers = _PLAIN
+    modifiers = PLAIN
     if (
         window is not None
         or alibi_slopes is not None
@@ -106,8 +106,8 @@ def attention(
         or sinks is not None
         or dropout_p != 0.0
     ):
-        modifiers, extra = _checked_modifiers(
-            q, window, alibi_slopes, softcap, sinks, dropout_p, generator
+        modifiers, extra = checked_modifiers(
+            "attention", q, q.shape[0], window, alibi_slopes, softcap, sinks, dropout_p, generator
         )
         features += extra
     widest = torch.float64 if mask is not None and mask.dtype == torch.float64 else q.dtype
@@ -160,11 +160,13 @@ class Modifiers(NamedTuple):
         return {"window": (given.pop("window_left"), given.pop("window_right")), **given}
 
 
-_PLAIN = Modifiers()
+PLAIN = Modifiers()
 
 
-def _checked_modifiers(
+def checked_modifiers(
+    op: str,
     q: Tensor,
+    batch: int,
     window: Any,
     alibi_slopes: Any,
     softcap: Any,
@@ -174,7 +176,7 @@ def _checked_modifiers(
 ) -> tuple[Modifiers, tuple[str, ...]]:
     """The modifiers, checked, and the names of those in use."""
     features: tuple[str, ...] = ()
-    batch, heads = q.shape[0], q.shape[1]
+    heads = q.shape[1]
     left = right = -1
     if window is not None:
         if (
@@ -183,7 +185,7 @@ def _checked_modifiers(
             or not all(isinstance(n, int) and n >= -1 for n in window)
         ):
             raise ValueError(
-                "llmops.attention: window must be (left, right), two ints >= -1 (-1: no bound); "
+                f"llmops.{op}: window must be (left, right), two ints >= -1 (-1: no bound); "
                 f"got {window!r}; a sliding window of W keys is causal=True, window=(W - 1, 0)"
             )
         left, right = window
@@ -191,11 +193,11 @@ def _checked_modifiers(
     # fp64 inputs are served by the reference, in fp64.
     fp32 = torch.float64 if q.dtype == torch.float64 else torch.float32
     if alibi_slopes is not None:
-        _check.floating("attention", "alibi_slopes", alibi_slopes)
-        _check.same_device("attention", "q", q, "alibi_slopes", alibi_slopes)
+        _check.floating(op, "alibi_slopes", alibi_slopes)
+        _check.same_device(op, "q", q, "alibi_slopes", alibi_slopes)
         if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
             raise ValueError(
-                f"llmops.attention: alibi_slopes must be [Hq] or [B, Hq] with B={batch} and "
+                f"llmops.{op}: alibi_slopes must be [Hq] or [B, Hq] with B={batch} and "
                 f"Hq={heads}; got shape {tuple(alibi_slopes.shape)}"
             )
         features += ("alibi_slopes",)
@@ -205,16 +207,16 @@ def _checked_modifiers(
     if softcap is not None:
         if not 0.0 < softcap < math.inf:
             raise ValueError(
-                f"llmops.attention: softcap must be a finite number > 0; got {softcap}; "
+                f"llmops.{op}: softcap must be a finite number > 0; got {softcap}; "
                 "pass None for no cap"
             )
         features += ("softcap",)
     if sinks is not None:
-        _check.floating("attention", "sinks", sinks)
-        _check.same_device("attention", "q", q, "sinks", sinks)
+        _check.floating(op, "sinks", sinks)
+        _check.same_device(op, "q", q, "sinks", sinks)
         if tuple(sinks.shape) != (heads,):
             raise ValueError(
-                f"llmops.attention: sinks must be [Hq] = ({heads},), one logit per query head; "
+                f"llmops.{op}: sinks must be [Hq] = ({heads},), one logit per query head; "
                 f"got shape {tuple(sinks.shape)}"
             )
         features += ("sinks",)
@@ -222,7 +224,7 @@ def _checked_modifiers(
     seed = None
     if dropout_p != 0.0:
         if not 0.0 <= dropout_p <= 1.0:
-            raise ValueError(f"llmops.attention: dropout_p must be in [0, 1]; got {dropout_p}")
+            raise ValueError(f"llmops.{op}: dropout_p must be in [0, 1]; got {dropout_p}")
         features += ("dropout",)
         seed = reference.dropout_seed(q.device, generator)
     return Modifiers(
@@ -412,21 +414,21 @@ def _fake_bwd(
 
 
 # Modifiers, in its order.
-_MODIFIERS = (
+MODIFIERS = (
     "int window_left, int window_right, Tensor? alibi_slopes, float softcap, Tensor? sinks, "
     "float dropout_p, Tensor? seed"
 )
 _attention_bwd = Op(
     "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
     "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad, "
-    f"{_MODIFIERS}, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)",
+    f"{MODIFIERS}, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)",
     forward=_forward_bwd,
     fake=_fake_bwd,
     reference=reference.attention_bwd,
 )
 _attention = Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-    f"{_MODIFIERS}, str backend) -> (Tensor out, Tensor lse)",
+    f"{MODIFIERS}, str backend) -> (Tensor out, Tensor lse)",
     forward=_forward,
     fake=_fake,
     setup=_setup,
