@@ -102,7 +102,7 @@ cpu::AttentionPlan make_plan(const AttentionParams& p, int64_t queries, int64_t 
   plan.packed = heads > 1 && queries < cpu::kAttentionLanes;
   plan.blocks = plan.packed ? div_up(rows, cpu::kAttentionLanes)
                             : heads * div_up(queries, cpu::kAttentionLanes);
-  if (keys == 0) return plan;
+  if (keys == 0 || all.keys == 0) return plan;  // an empty sequence, an empty batch
   if (p.left >= 0) plan.first_key = std::clamp<int64_t>(keys - queries - p.left, 0, keys);
   const int64_t seen = keys - plan.first_key;
   if (plan.blocks == 1) {
