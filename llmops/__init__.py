@@ -30,6 +30,7 @@ from llmops.ops.softmax import softmax
 from llmops.ops.swiglu import geglu, swiglu
 
 if TYPE_CHECKING:
+    from llmops.kv_cache import KVCache as KVCache
     from llmops.report import info as info
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ OPERATORS = (
 
 # Loaded on first use: a plain import stays as quick as torch's own.
 _LAZY = {
+    "KVCache": "llmops.kv_cache",
     "info": "llmops.report",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "OPERATORS",
     "Decision",
     "FallbackWarning",
+    "KVCache",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",

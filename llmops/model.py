@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmops
+from llmops.kv_cache import KVCache
 
 
 @dataclass
@@ -84,45 +85,6 @@ _CHOICES = {
     "activation": ("gelu_tanh", "gelu", "swiglu"),
 }
 
-LayerCache = tuple[Tensor, Tensor, Tensor]
-
-
-class KVCache:
-    """Keys and values of the tokens so far, allocated once: `kv` is [L, B, 2K, Tmax, D], the key
-    heads first. Attention reads slices of it, so that nothing is copied as it grows.
-
-    Prompts of unequal lengths stand with pads on their left, so that every newest token is in the
-    last column. `pads` [B] counts them: `keep` hides them from attention, and positions count from
-    each sequence's first real token.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, length: int, like: Tensor):
-        shape = (config.n_layer, batch, 2 * config.n_kv_head, length, config.d_head)
-        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0  # tokens held
-        self.pads: Tensor | None = None
-        self.keep: Tensor | None = None  # [B, 1, 1, Tmax]
-
-    def pad_left(self, pads: Tensor) -> None:
-        self.pads = pads
-        columns = torch.arange(self.kv.size(3), device=self.kv.device)
-        self.keep = (columns >= pads[:, None])[:, None, None]
-
-    def extend(self, n: int) -> list[LayerCache]:
-        """Makes room for n tokens. Per layer: where their keys and values go [B, 2K, n, D], then
-        all keys and all values up to them [B, K, length, D]."""
-        start, self.length = self.length, self.length + n
-        if self.length > self.kv.size(3):
-            raise ValueError(
-                f"KVCache: it holds {start} of {self.kv.size(3)} tokens, {n} more do not fit; "
-                "allocate it longer"
-            )
-        held = self.kv[:, :, :, : self.length]
-        keys, values = held.chunk(2, dim=2)
-        # unbind makes the views of all layers in one call; slicing per layer would show in decode
-        slots = held[:, :, :, start:].unbind(0)
-        return list(zip(slots, keys.unbind(0), values.unbind(0), strict=True))
-
 
 @dataclass
 class Place:
@@ -131,7 +93,6 @@ class Place:
     cos: Tensor | None = None  # [N, D/2]: token t takes row t, or row position_ids[b, t]
     sin: Tensor | None = None
     position_ids: Tensor | None = None  # [B, T]
-    keep: Tensor | None = None  # [B, 1, 1, T so far]: keys that are no padding; None: all
 
 
 class Norm(nn.Module):
@@ -168,14 +129,15 @@ def project(x: Tensor, layer: nn.Linear, backend: str | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.config = c = config
+        self.config, self.layer = config, layer
+        c = config
         # query, key and value heads in one matrix: one product instead of three
         self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.d_head, bias=c.bias)
         self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=c.bias)
 
-    def forward(self, x: Tensor, at: Place, cached: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, at: Place, cache: KVCache | None) -> Tensor:
         c, (B, T, _) = self.config, x.shape
         H, K, D = c.n_head, c.n_kv_head, c.d_head
         qkv = project(x, self.qkv, c.backend)
@@ -186,13 +148,11 @@ class Attention(nn.Module):
                 q, k = llmops.rope_qk(q, k, at.cos, at.sin, at.position_ids, backend=c.backend)
             else:  # nobody else holds this buffer: turn it in place
                 llmops.rope_qk_(q, k, at.cos, at.sin, at.position_ids, backend=c.backend)
-        if cached is not None:
-            slot, k, v = cached
-            slot.copy_(heads[:, H:])  # keys and values lie side by side: one copy
-        # causal aligns the last query with the last key, so one new token sees the whole cache
-        y: Any = llmops.attention(  # [B, H, T, D]
-            q, k, v, causal=True, mask=at.keep, backend=c.backend
-        )
+        y: Any  # [B, H, T, D]
+        if cache is None:
+            y = llmops.attention(q, k, v, causal=True, backend=c.backend)
+        else:  # its keys and values become the cache's newest, and the queries see all of it
+            y = cache.attend(q, k, v, self.layer, backend=c.backend)
         return project(y.transpose(1, 2).reshape(B, T, H * D), self.out, c.backend)
 
 
@@ -219,16 +179,16 @@ class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)). Each += is done by the norm that follows it, so
     blocks hand on (update, residual) with the last += still to do."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.norm_1, self.attention = Norm(config), Attention(config)
+        self.norm_1, self.attention = Norm(config), Attention(config, layer)
         self.norm_2, self.mlp = Norm(config), MLP(config)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, at: Place, cached: LayerCache | None
+        self, x: Tensor, residual: Tensor | None, at: Place, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         h, residual = self.norm_1(x, residual)
-        h, residual = self.norm_2(self.attention(h, at, cached), residual)
+        h, residual = self.norm_2(self.attention(h, at, cache), residual)
         return self.mlp(h), residual
 
 
@@ -240,7 +200,7 @@ class GPT(nn.Module):
         self.positions, self.head = None, None
         if c.position == "learned":
             self.positions = nn.Parameter(torch.empty(c.block_size, c.d_model))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = Norm(c)
         if not c.tie_head:
             self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
@@ -307,24 +267,32 @@ class GPT(nn.Module):
                 f"GPT: ids must be [B, T] integers, got {tuple(ids.shape)} {ids.dtype}; "
                 "for one sequence use ids[None]"
             )
-        layers = [None] * len(self.blocks) if cache is None else self._extend(cache, ids.size(1))
+        if cache is not None:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "GPT: a KV cache is for inference; use it in torch.inference_mode()"
+                )
+            cache.extend(ids.size(1))
         x, at = self._embed(ids, cache)
         residual = None
-        for block, cached in zip(self.blocks, layers, strict=True):
-            x, residual = block(x, residual, at, cached)  # [B, T, C] both
+        for block in self.blocks:
+            x, residual = block(x, residual, at, cache)  # [B, T, C] both
         if last_only:
             x, residual = x[:, -1:], None if residual is None else residual[:, -1:]
         h, _ = self.norm(x, residual)
         return h
 
-    def _extend(self, cache: KVCache, n: int) -> list[LayerCache]:
-        if torch.is_grad_enabled():
-            raise ValueError("GPT: a KV cache is for inference; use it in torch.inference_mode()")
-        return cache.extend(n)
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty KVCache for `length` tokens of each of `batch` sequences."""
+        c, like = self.config, self.tokens
+        return KVCache(
+            batch, c.n_kv_head, length, c.d_head,
+            layers=c.n_layer, dtype=like.dtype, device=like.device,
+        )  # fmt: skip
 
     def _embed(self, ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Place]:
         """Token (and learned position) embeddings [B, T, C], and where the tokens stand."""
-        end = ids.size(1) if cache is None else cache.length
+        end = ids.size(1) if cache is None else cache.longest
         start = end - ids.size(1)
         if end > self.config.block_size:
             raise ValueError(
@@ -332,10 +300,12 @@ class GPT(nn.Module):
             )
         # Equal lengths: rows start..end of the position tables. Otherwise each its own rows.
         at, rows = Place(), slice(start, end)
-        if cache is not None and cache.pads is not None and cache.keep is not None:
-            columns = torch.arange(start, end, device=ids.device)
-            at.position_ids = (columns - cache.pads[:, None]).clamp_(min=0)
-            at.keep, rows = cache.keep[..., :end], slice(None)
+        if cache is not None and not cache.equal:
+            first = cache.lengths - ids.size(1)  # counted from each sequence's first real token
+            if cache.leftpad is not None:
+                first = first - cache.leftpad
+            columns = torch.arange(ids.size(1), device=ids.device)
+            at.position_ids, rows = (first[:, None] + columns).clamp_(min=0), slice(None)
         backend = self.config.backend
         if self.cos is not None and self.sin is not None:
             at.cos, at.sin = self.cos[rows], self.sin[rows]
@@ -427,7 +397,7 @@ class GPT(nn.Module):
                 f"GPT.generate: max_new_tokens must be from 0 to {limit - T} (block_size {limit} "
                 f"less the longest prompt, {T}), got {max_new_tokens}; shorten the prompt or it"
             )
-        cache = KVCache(self.config, len(prompts), T + max_new_tokens, like=self.tokens)
+        cache = self.new_cache(len(prompts), T + max_new_tokens)
         if min(lengths) < T:
             cache.pad_left(T - torch.tensor(lengths, device=self.tokens.device))
         # any id serves as a pad: attention reads no key of it

@@ -393,13 +393,14 @@ def kv_cache_append_(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     for b, start in enumerate(cache_seqlens.tolist()):
-        for t in range(k.shape[2]):
-            block, row = b, start + t
-            if block_table is not None:
-                page = k_cache.shape[2]
-                block, row = int(block_table[b, row // page]), row % page
-            k_cache[block, :, row] = k[b, :, t]
-            v_cache[block, :, row] = v[b, :, t]
+        rows = torch.arange(start, start + k.shape[2], device=k.device)
+        for cache, new in ((k_cache, k[b]), (v_cache, v[b])):
+            if block_table is None:
+                cache[b, :, rows] = new
+            else:
+                page = cache.shape[2]
+                blocks = block_table[b, rows // page].long()
+                cache[blocks, :, rows % page] = new.transpose(0, 1)
     return k_cache, v_cache
 
 

@@ -22,7 +22,7 @@ from model_kit import (
 )
 
 import llmops
-from llmops.model import GPT, GPTConfig, KVCache
+from llmops.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ids_2x9 = torch.arange(18).view(2, 9) * 5 % 97
@@ -55,7 +55,7 @@ def test_model_is_causal(name):
 @torch.inference_mode()
 def test_cache_matches_no_cache(name, steps):
     model = small(CONFIGS[name])
-    cache = KVCache(model.config, 2, 9, like=model.tokens)
+    cache = model.new_cache(2, 9)
     logits = [model(part, cache=cache) for part in ids_2x9.split(steps, 1)]
     torch.testing.assert_close(torch.cat(logits, 1), model(ids_2x9), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="KVCache: it holds 9 of 9 tokens, 1 more do not fit"):
@@ -65,7 +65,7 @@ def test_cache_matches_no_cache(name, steps):
 @torch.inference_mode()
 def test_smollm2_cache_matches_no_cache():
     ids = english(96)[None]
-    cache = KVCache(smollm2().config, 1, 96, like=smollm2().tokens)
+    cache = smollm2().new_cache(1, 96)
     logits = [smollm2()(part, cache=cache) for part in ids.split((64, *(1,) * 8, 24), 1)]
     torch.testing.assert_close(torch.cat(logits, 1), smollm2()(ids), rtol=1e-4, atol=1e-3)
 
@@ -139,7 +139,7 @@ def test_model_rejects_bad_ids():
         model(torch.zeros(1, 65, dtype=torch.int64))
     with pytest.raises((IndexError, ValueError, RuntimeError), match=r"97|out of range"):
         model(torch.tensor([[97]]))
-    cache = KVCache(model.config, 2, 9, like=model.tokens)
+    cache = model.new_cache(2, 9)
     with pytest.raises(ValueError, match=r"use it in torch.inference_mode\(\)"):
         model(ids_2x9, cache=cache)
 
@@ -189,7 +189,7 @@ def test_generate_unequal_prompts_match_each_alone(name):
 @torch.inference_mode()
 def test_padding_changes_no_logits(name):
     model, short = small(CONFIGS[name]), ids_2x9[1, 4:]
-    cache = KVCache(model.config, 2, 9, like=model.tokens)
+    cache = model.new_cache(2, 9)
     cache.pad_left(torch.tensor([0, 4]))
     padded = torch.stack((ids_2x9[0], F.pad(short, (4, 0), value=96)))
     logits = model(padded, cache=cache)
@@ -227,9 +227,10 @@ def test_generate_samples_as_asked():
 
 
 # Kernels of one step: once, and once per layer.
+CACHED = "attention_kvcache kv_cache_append_"
 KERNELS = {
-    "gpt2": ("embedding layer_norm sample", "attention add_layer_norm add_layer_norm gelu"),
-    "llama": ("embedding rms_norm sample", "attention add_rms_norm add_rms_norm rope_qk_ swiglu"),
+    "gpt2": ("embedding layer_norm sample", f"{CACHED} add_layer_norm add_layer_norm gelu"),
+    "llama": ("embedding rms_norm sample", f"{CACHED} add_rms_norm add_rms_norm rope_qk_ swiglu"),
 }
 # What stands for an operator of ours in torch; linear, views and copies are the model's own.
 PLAIN = re.compile(

@@ -161,13 +161,80 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tens
     return _heads_like(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=lse_type)
 
 
-# Decoding is not differentiated; where it is, the specification's gradient is right.
-_attention_kvcache = Op(
-    "attention_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal, ctx.scale, left, right, slopes, softcap, sinks, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, slopes, sinks)
+    ctx.window, ctx.softcap = (left, right), softcap
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, slopes, sinks = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 14
+    if ctx.needs_input_grad[10]:
+        raise NotImplementedError(
+            f"llmops.{_OP}: alibi_slopes takes no gradient on the kernels; detach it, or use "
+            'backend="reference"'
+        )
+    dq, dk, dv, dsinks = _attention_kvcache_bwd(
+        grad_out, grad_lse, *tensors, ctx.causal, ctx.scale, *ctx.window, slopes, ctx.softcap,
+        sinks, ctx.backend,
+    )  # fmt: skip
+    dsinks = dsinks if sinks is not None and ctx.needs_input_grad[12] else None
+    # The lengths, the table, the pads, causal, scale, the window, alibi_slopes, softcap; backend.
+    return dq, dk, dv, *(None,) * 9, dsinks, None
+
+
+def _reference_bwd(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    constants, sinks = list(rest), rest[-1]
+    given = (q, k_cache, v_cache, q.new_empty(0) if sinks is None else sinks)
+
+    def of(q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks_given: Tensor) -> Any:
+        constants[-1] = None if sinks is None else sinks_given
+        return _reference(q, k_cache, v_cache, *constants)
+
+    (out, lse), pull = torch.func.vjp(of, *given)[:2]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    return pull((grad_out, grad_lse))  # type: ignore[no-any-return]
+
+
+def _forward_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    *given, _backend = arguments
+    return tuple(grad.contiguous() for grad in _reference_bwd(*given))
+
+
+def _fake_bwd(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sinks = rest[-2]
+    empty = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return *(x.new_empty(x.shape) for x in (q, k_cache, v_cache)), empty
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
     "Tensor? block_table, Tensor? cache_leftpad, bool causal, float scale, int window_left, "
-    "int window_right, Tensor? alibi_slopes, float softcap, Tensor? sinks, str backend) -> "
-    "(Tensor out, Tensor lse)",
+    "int window_right, Tensor? alibi_slopes, float softcap, Tensor? sinks, str backend"
+)
+# Decoding is not differentiated; where it is, the specification's gradient is right. An operator of
+# its own, since the lengths are read as numbers, which no compiler traces.
+_attention_kvcache_bwd = Op(
+    f"attention_kvcache_bwd(Tensor? grad_out, Tensor? grad_lse, {_ARGUMENTS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    forward=_forward_bwd,
+    fake=_fake_bwd,
+    reference=_reference_bwd,
+)
+_attention_kvcache = Op(
+    f"attention_kvcache({_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     forward=_forward,
     fake=_fake,
-    reference=_reference,
+    setup=_setup,
+    backward=_backward,
 )

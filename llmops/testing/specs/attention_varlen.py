@@ -56,8 +56,8 @@ def samples(make: Make) -> Iterator[Sample]:
         "alibi_slopes": slopes,
         **causal,
     })  # fmt: skip
-    yield Sample("split-window", _packed(make, (1, 1), (3, 20), (1500, 40), 8), {
-        "window": (900, 0),
+    yield Sample("window-long", _packed(make, (1, 1), (3, 20), (1500, 40), 8), {
+        "window": (300, 0),
         **causal,
         **lse,
     })  # fmt: skip
