@@ -65,7 +65,6 @@ def samples(make: Make) -> Iterator[Sample]:
     })  # fmt: skip
     # Few sequences: the backward sums dk and dv in parts.
     yield Sample("parts-530", _packed(make, (1, 1), (530, 40), (540, 30), 8), causal)
-    yield Sample("d3", _packed(make, (1, 1), (1, 2), (25, 30), 3, 8))
     yield Sample("no-rows", _packed(make, (2, 2), (0, 0), (0, 3), 8), lse)
     yield Sample("no-sequence", _packed(make, (2, 1), (), (), 8), lse)
 
