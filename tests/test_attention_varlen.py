@@ -158,7 +158,7 @@ def test_attention_varlen_layouts() -> None:
     torch.testing.assert_close(out, want)
 
 
-def test_attention_varlen_autocast() -> None:
+def test_attention_varlen_autocast_of_mixed_dtypes() -> None:
     q, bounds = torch.randn(20, 2, 8), _bounds(12, 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = llmops.attention_varlen(q, q, q, bounds, bounds, 12, 12)

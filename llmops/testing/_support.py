@@ -34,6 +34,17 @@ CALLS: dict[str, Callable[[Make], Sample]] = {
     ),
 }
 
+
+def _append(make: Make) -> Sample:
+    caches, new = (make(2, 2, 9, 8, grad=False) for _ in range(2)), (2, 2, 1, 8)
+    return Sample(
+        "plain",
+        (*caches, *(make(*new, grad=False) for _ in range(2)), torch.tensor([3, 5])),
+    )
+
+
+CALLS["kv_cache_append_"] = _append
+
 # A value for an argument that no sample of the operator's spec passes, by its name; b holds the
 # arguments of the plain call.
 Bound = dict[str, Any]
@@ -47,6 +58,8 @@ VALUES: dict[str, Callable[[Make, Bound], Any]] = {
     "sinks": lambda make, b: make(b["q"].shape[1], dtype=torch.float32),
     "dropout_p": lambda make, b: 0.25,
     "generator": lambda make, b: torch.Generator().manual_seed(0),
+    # A contiguous cache of two sequences is a paged one of two blocks.
+    "block_table": lambda make, b: torch.tensor([[0], [1]]),
     "temperature": lambda make, b: 0.5,
     "top_k": lambda make, b: 5,
     "top_p": lambda make, b: 0.9,

@@ -42,8 +42,10 @@ def samples(make: Make) -> Iterator[Sample]:
     causal, lse = {"causal": True}, {"return_lse": True}
     few = _packed(make, (4, 2), (5, 9, 3), (23, 21, 30), 8, 6)
     yield Sample("gqa-causal-lse", few, {**causal, **lse})
-    sinks = make(4, dtype=torch.float32)
-    yield Sample("sinks-window", few, {"sinks": sinks, "window": (12, 5), **lse})
+    # Many heads: the yardstick's error in four sums alone may be nothing by luck.
+    many = _packed(make, (16, 2), (5, 9, 3), (23, 21, 30), 8, 6)
+    sinks = make(16, dtype=torch.float32)
+    yield Sample("sinks-window", many, {"sinks": sinks, "window": (12, 5), **lse})
     long = _packed(make, (2, 1), (70, 24), (95, 90), 16, dtype=torch.int64)
     yield Sample("int64-softcap", long, {"softcap": 4.0, **causal})
 
@@ -63,7 +65,6 @@ def samples(make: Make) -> Iterator[Sample]:
     })  # fmt: skip
     # Few sequences: the backward sums dk and dv in parts.
     yield Sample("parts-530", _packed(make, (1, 1), (530, 40), (540, 30), 8), causal)
-    yield Sample("d3", _packed(make, (1, 1), (1, 2), (25, 30), 3, 8))
     yield Sample("no-rows", _packed(make, (2, 2), (0, 0), (0, 3), 8), lse)
     yield Sample("no-sequence", _packed(make, (2, 1), (), (), 8), lse)
 
