@@ -76,7 +76,7 @@ def test_attention_kvcache_equals_attention(
 
 
 @TARGETS
-def test_attention_kvcache_any_strides(target: Target) -> None:
+def test_attention_kvcache_strided_caches_and_lengths(target: Target) -> None:
     """Caches and lengths cut from larger buffers, heads last, pages transposed."""
     q, lengths = torch.randn(2, 6, 2, 16), torch.tensor([30, 11])
     k, v = (torch.randn(2, 3, 40, 16) for _ in range(2))
