@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmops.ops import _check
@@ -126,11 +125,3 @@ def appended(
                     "written; give each sequence blocks of its own beyond a shared prefix"
                 )
             written.add(block)
-
-
-def autocast(device: str, *given: Tensor) -> tuple[Tensor, ...]:
-    """As torch's attention under autocast: floating point but fp64 in autocast's dtype."""
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in given
-    )

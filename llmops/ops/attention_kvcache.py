@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _sequences
+from llmops.ops import _autocast, _sequences
 from llmops.ops._op import Op
 from llmops.ops.attention import PLAIN, _heads_like, _laid_out, checked_modifiers
 
@@ -78,8 +78,8 @@ def attention_kvcache(
     Source: Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023. flash-attn's
     flash_attn_with_kvcache counts the same way when it is given no new k and v.
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
-        q, k_cache, v_cache = _sequences.autocast(q.device.type, q, k_cache, v_cache)
+    if _autocast.enabled(q):
+        q, k_cache, v_cache = _autocast.lowered(q, k_cache, v_cache)
     _check_tensors(q, k_cache, v_cache, cache_seqlens, block_table, cache_leftpad)
     features: tuple[str, ...] = ("causal",) if causal else ()
     if block_table is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _sequences
+from llmops.ops import _autocast, _sequences
 from llmops.ops._op import Op
 from llmops.ops.attention import MODIFIERS, Modifiers, checked_modifiers
 
@@ -74,8 +74,8 @@ def attention_varlen(
 
     Source: Dao, "FlashAttention-2", 2023 (flash_attn_varlen_func).
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
-        q, k, v = _sequences.autocast(q.device.type, q, k, v)
+    if _autocast.enabled(q):
+        q, k, v = _autocast.lowered(q, k, v)
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     features: tuple[str, ...] = ("causal",) if causal else ()
     batch = cu_seqlens_q.shape[0] - 1

@@ -114,7 +114,10 @@ def torch_attention_kvcache(
         out, lse = attend(q[b : b + 1], keys, values, return_lse=True, **kwargs)
         outs.append(out)
         lses.append(lse.float())
-    out = torch.cat(outs)
+    # The empty ones are not torch's: under autocast they take the dtype of those that are.
+    lowered = torch.is_autocast_enabled("cpu") and q.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if lowered else q.dtype
+    out = torch.cat([o.to(dtype) for o in outs])
     return (out, torch.cat(lses)) if return_lse else out
 
 
