@@ -25,7 +25,7 @@ from llmops.bench.limits import Limits
 
 FORMAT = 2
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-QUICK_MINUTES = 1.5  # of rows; with the start and the limits, below two
+QUICK_MINUTES = 1.4  # of rows; with the start and the limits, below two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _validate(arguments)
     if arguments.commit_result:
-        from llmops.bench import commit_result
+        from llmops.bench.commit_result import make
 
-        return commit_result.make(Path(arguments.commit_result))
+        return make(Path(arguments.commit_result))
     quick = arguments.quick
     wanted = arguments.huge_pages or ("off" if quick or arguments.device != "cpu" else "both")
     here = "on" if os.environ.get(HUGE_PAGES) == "1" else "off"
