@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from llmops.bench.harness import Call, Case, Parts, parts_of, with_backward
 
@@ -75,7 +76,7 @@ def _onnxruntime(case: Case) -> Call | None:
     def call() -> Tensor:
         y = session.run_with_ort_values(["y"], feed)[0]
         # Neither copies; versions without DLPack copy in numpy().
-        return torch.from_dlpack(y) if hasattr(y, "__dlpack__") else torch.from_numpy(y.numpy())
+        return from_dlpack(y) if hasattr(y, "__dlpack__") else torch.from_numpy(y.numpy())
 
     return call
 
