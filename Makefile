@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-quick test-emulated test-oldest lint format bench ci cuda packaging clean
+.PHONY: demo test test-all test-part test-quick test-emulated test-oldest lint format bench results ci cuda packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -72,6 +72,12 @@ format: $(VENV)/.ready
 
 bench: install
 	$(BIN)/python -m llmops bench
+
+# This class of machine's file in benchmarks/results, and README's numbers from it. On a quiet machine,
+# below 15 minutes; run it again after an interruption and it goes on.
+results: install
+	$(BIN)/python -m llmops bench --commit-result
+	$(BIN)/python tools/readme.py
 
 # The CUDA sources, compiled for every architecture they are for; needs no GPU.
 cuda: install

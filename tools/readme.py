@@ -8,16 +8,17 @@ numbers, from benchmarks/results.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-# The same run twice: torch as it comes, and with transparent huge pages on for torch too.
-RESULT = RESULTS / "cpu-avx512-bf16-2core.json"
-HUGE_PAGES = RESULTS / "cpu-avx512-bf16-2core-thp.json"
+RESULT = ROOT / "benchmarks" / "results" / "cpu-avx512-bf16-2core.json"
+# Not one op at a time, or a curve: these have their own lines or stay in the JSON.
+APART = ("model", "overhead")
+DTYPES = ("float32", "bfloat16")
 
 
 def support_table() -> str:
@@ -27,28 +28,95 @@ def support_table() -> str:
     return _support.table()
 
 
+Row = dict[str, Any]
+
+
+def _runs(result: dict[str, Any]) -> tuple[list[Row], list[Row]]:
+    """The rows of one thread over all cases: torch as it comes, and with huge pages."""
+    sides: tuple[list[Row], list[Row]] = [], []
+    for run in result["runs"]:
+        if run.get("stage", "plain") in ("plain", "huge"):
+            sides[bool(run["torch_huge_pages"])].extend(run["rows"])
+    return sides
+
+
+def _kind(row: Row) -> str:
+    """What sort of shape: attention's decode and prefill are different kernels."""
+    if row["op"] == "attention":
+        if row["shape"].startswith("decode"):
+            return "attention, decode"
+        return "attention"
+    return str(row["op"])
+
+
+def _cell(rows: list[Row]) -> str:
+    """Median and range of the ratios; the range shows where ours is slower."""
+    ratios = sorted(row["ratio"] for row in rows if row["ratio"])
+    if not ratios:
+        return "not measured"
+    middle = statistics.median(ratios)
+    if len(ratios) == 1:
+        return f"{middle:.1f}x"
+    return f"**{middle:.1f}x** ({ratios[0]:.1f}–{ratios[-1]:.1f})"
+
+
 def speed_table() -> str:
-    """The rows of the committed results, one line per op, pass and shape."""
-    plain, huge = (json.loads(file.read_text()) for file in (RESULT, HUGE_PAGES))
-    machine: dict[str, Any] = plain["machine"]
-    ratios: dict[tuple[str, str, str], dict[str, str]] = {}
-    for result, kind in ((plain, ""), (huge, "+")):
-        for row in result["rows"]:
-            line = ratios.setdefault((row["op"], row["passes"], row["shape"]), {})
-            line[row["dtype"] + kind] = f"{row['ratio']:.2f}x"
+    """One line per op and pass of the committed result: medians over its shapes."""
+    result = json.loads(RESULT.read_text())
+    machine: dict[str, Any] = result["machine"]
+    plain, huge = _runs(result)
+    groups: dict[tuple[str, str], None] = {}
+    for row in plain:
+        if row["op"] not in APART and not row.get("curve"):
+            groups[_kind(row), row["passes"]] = None
+    threads = result["runs"][0]["threads"]
     lines = [
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread, torch "
-        f"{machine['torch']}, commit {machine['commit']}. Times as fast as PyTorch eager; the last "
-        "two columns with `THP_MEM_ALLOC_ENABLE=1`, which gives torch's fresh outputs huge pages:",
+        f"{machine['cpu']}, {machine['isa']}, {threads} thread, torch {machine['torch']}, commit "
+        f"{machine['commit']}. Times as fast as PyTorch: median over the measured shapes, lowest "
+        "and highest in brackets; the last two columns with `THP_MEM_ALLOC_ENABLE=1`, which gives "
+        "torch's fresh outputs huge pages as ours have them. Every row, with microseconds, share "
+        f"of the machine's limits and spread: [`{RESULT.relative_to(ROOT)}`]"
+        f"({RESULT.relative_to(ROOT)}).",
         "",
-        "| op | pass | shape | float32 | bfloat16 | float32, THP | bfloat16, THP |",
+        "| op | pass | shapes | float32 | bfloat16 | float32, THP | bfloat16, THP |",
         "|---|---|---|---|---|---|---|",
     ]
-    columns = ("float32", "bfloat16", "float32+", "bfloat16+")
-    for (op, passes, shape), line in ratios.items():
-        cells = " | ".join(line.get(c, "–") for c in columns)
-        lines.append(f"| `{op}` | {passes} | {shape} | {cells} |")
+    for kind, passes in groups:
+        cells, shapes = [], set()
+        for rows in (plain, huge):
+            for dtype in DTYPES:
+                mine = [
+                    row
+                    for row in rows
+                    if (_kind(row), row["passes"], row["dtype"]) == (kind, passes, dtype)
+                    and not row.get("curve")
+                ]
+                shapes |= {row["shape"] for row in mine}
+                cells.append(_cell(mine))
+        lines.append(f"| {kind} | {passes} | {len(shapes)} | {' | '.join(cells)} |")
+    lines += _model_lines(plain)
     return "\n".join(lines)
+
+
+def _model_lines(plain: list[Row]) -> list[str]:
+    """Whole models, in tokens per second."""
+    rows = [row for row in plain if row["op"] == "model" and row["ours_us"] and row["torch_us"]]
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Whole models of random weights, matrix products by torch on both sides:",
+        "",
+        "| model | pass | dtype | ms, ours | ms, plain PyTorch | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, theirs = row["ours_us"] / 1e3, row["torch_us"] / 1e3
+        lines.append(
+            f"| {row['shape']} | {row['passes']} | {row['dtype']} | {ours:.1f} | {theirs:.1f} | "
+            f"{row['ratio']:.2f}x |"
+        )
+    return lines
 
 
 def rendered(text: str) -> str:

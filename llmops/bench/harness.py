@@ -1,16 +1,15 @@
-"""Measures cases: ours beside PyTorch's, interleaved in one process, correct before timed.
+"""What a case of `llmops bench` is, and when two providers of it agree.
 
-A case counts the bytes that must move or the flops that must be done, whichever bounds it; a row
-gives the rate and its share of the machine's limit, measured in the same run: memory copy for
-bytes, a large matrix product for flops.
+Cases stand in cases/<op>.py; providers.py finds who else can compute them, measure.py times them.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +25,20 @@ class Case:
 
     Args:
         op, passes, dtype, shape: what the row is called; passes is "fwd", "bwd" or "fwd+bwd".
-        ours, torch: the calls. Neither changes its inputs, unless `in_place` says that both do.
-        bytes: that must be read and written at least; 0 where flops bound the op.
-        flops: that must be computed.
+        ours, torch: the calls, best made by with_backward: then further providers (torch.compile,
+            other backends, peak memory) are derived from them. Neither changes its inputs, unless
+            `in_place` says so.
+        bytes: that must be read and written at least.
+        flops: that must be computed. Where both are given, the one that takes longer at the
+            machine's limits bounds the row, as in a roofline.
         tolerance: relative to the largest value; None takes 20 eps of the dtype.
+        torch_name: what `torch` is; attention's kernel is named by itself.
+        in_place: the inputs are changed. Results of with_backward calls are then compared on
+            copies; of other calls not at all, and the row says so.
+        read_only: the bytes are read and hardly any written: the limit is read bandwidth.
+        others: more providers, name -> call.
+        setting: entered around all of the case's calls, outside what is timed.
+        curve: (name of a scaling curve, place on its x axis), e.g. ("attention over T", 512).
     """
 
     op: str
@@ -43,131 +52,65 @@ class Case:
     tolerance: float | None = None
     torch_name: str = "eager"
     in_place: bool = False
+    read_only: bool = False
+    others: dict[str, Call] = field(default_factory=dict)
+    setting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    curve: tuple[str, int] | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.passes} {self.dtype_name} {self.shape}"
 
 
 @dataclass
-class Row:
-    """A measured case. Times in microseconds, rates in GB/s or GFLOP/s."""
+class Parts:
+    """What with_backward made a call from."""
 
-    op: str
     passes: str
-    dtype: str
-    shape: str
-    ours_us: float
-    torch_us: float
-    torch_name: str
-    ratio: float
-    spread: float
-    rate: float
-    rate_unit: str
-    of_limit: float
-    threads: int
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
 
 
-def _flat(result: Any) -> list[Tensor]:
-    return [
-        t for t in (result if isinstance(result, (tuple, list)) else (result,)) if t is not None
-    ]
+def parts_of(call: Call) -> Parts | None:
+    """None for a call that with_backward did not make."""
+    return getattr(call, "parts", None)
 
 
-def check(case: Case) -> None:
-    """Raises ValueError where the two do not compute the same."""
-    if case.in_place:
-        return
-    eps = torch.finfo(case.dtype).eps
-    tolerance = 20 * eps if case.tolerance is None else case.tolerance
-    for a, b in zip(_flat(case.ours()), _flat(case.torch()), strict=True):
-        error = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-        limit = tolerance * max(b.double().abs().max().item(), 1e-30) if b.numel() else 1.0
-        if not error <= limit:
-            raise ValueError(
-                f"llmops bench: {case.op} {case.passes} {case.shape}: results differ by "
-                f"{error:.3g}, allowed {limit:.3g}; a wrong provider gets no number"
-            )
-
-
-def _time(call: Call, number: int) -> float:
-    start = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - start) / number
-
-
-def measure(case: Case, limits: Limits, seconds: float = 0.6) -> Row:
-    """Checks, warms up, then times both in turn, A B B A A B ..., for about `seconds`."""
-    check(case)
-    once = max(_time(case.ours, 1) + _time(case.torch, 1), 1e-6)
-    once = max(_time(case.ours, 1) + _time(case.torch, 1), 1e-6)
-    number = max(1, int(0.02 / once))
-    rounds = max(5, min(31, int(seconds / (once * number))))
-    ours: list[float] = []
-    theirs: list[float] = []
-    for i in range(rounds):
-        order = [(ours, case.ours), (theirs, case.torch)]
-        for times, call in order if i % 2 == 0 else reversed(order):
-            times.append(_time(call, number))
-    mine, torchs = statistics.median(ours), statistics.median(theirs)
-    ratios = sorted(t / o for o, t in zip(ours, theirs, strict=True))
-    memory = case.bytes > 0
-    rate = (case.bytes if memory else case.flops) / mine / 1e9
-    limit = limits.copy_gbs if memory else limits.matmul(case.dtype)
-    return Row(
-        op=case.op,
-        passes=case.passes,
-        dtype=str(case.dtype).removeprefix("torch."),
-        shape=case.shape,
-        ours_us=mine * 1e6,
-        torch_us=torchs * 1e6,
-        torch_name=case.torch_name,
-        ratio=torchs / mine,
-        spread=ratios[-len(ratios) // 4] - ratios[len(ratios) // 4],
-        rate=rate,
-        rate_unit="GB/s" if memory else "GFLOP/s",
-        of_limit=rate / limit,
-        threads=torch.get_num_threads(),
-    )
-
-
-class Limits:
-    """What this machine can do, measured now: copy bandwidth and matrix-product rate per dtype."""
-
-    def __init__(self) -> None:
-        source = torch.randn(64 << 20)  # 256 MiB, beyond any cache
-        target = torch.empty_like(source)
-        target.copy_(source)
-        seconds = min(_time(lambda: target.copy_(source), 1) for _ in range(5))
-        self.copy_gbs = 2 * source.numel() * 4 / seconds / 1e9
-        self._matmul: dict[torch.dtype, float] = {}
-
-    def matmul(self, dtype: torch.dtype) -> float:
-        """GFLOP/s of a 1024^3 product."""
-        if dtype not in self._matmul:
-            a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-            a @ b
-            seconds = min(_time(lambda: a @ b, 1) for _ in range(7))
-            self._matmul[dtype] = 2 * 1024**3 / seconds / 1e9
-        return self._matmul[dtype]
+def flat(result: Any) -> list[Tensor]:
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return [t for t in results if t is not None]
 
 
 def with_backward(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
     """The call for a pass: "fwd" under no_grad, "bwd" from a saved graph, "fwd+bwd" both."""
-    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    call = _pass(passes, function, inputs)
+    call.__dict__["parts"] = Parts(passes, function, inputs)
+    return call
 
+
+def _pass(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
     def forward() -> Any:
         with torch.no_grad():
             return function(*inputs)
 
     if passes == "fwd":
         return forward
-    results = [r for r in _flat(function(*inputs)) if r.requires_grad]
-    grads = [
-        torch.randn(r.shape, generator=torch.Generator().manual_seed(1)).to(r) for r in results
-    ]
-    if passes == "bwd":
-        return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)
-    return lambda: torch.autograd.grad(
-        [r for r in _flat(function(*inputs)) if r.requires_grad], leaves, grads
-    )
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    results = [r for r in flat(function(*inputs)) if r.requires_grad]
+    generator = torch.Generator("cpu").manual_seed(1)
+    grads = [torch.randn(r.shape, generator=generator, device="cpu").to(r) for r in results]
+
+    def backward() -> Any:
+        return torch.autograd.grad(results, leaves, grads, retain_graph=True)
+
+    def both() -> Any:
+        outputs = [r for r in flat(function(*inputs)) if r.requires_grad]
+        return torch.autograd.grad(outputs, leaves, grads)
+
+    return backward if passes == "bwd" else both
 
 
 def passes_of(rows: int, forward: int, backward: int) -> tuple[tuple[str, int], ...]:
@@ -176,24 +119,49 @@ def passes_of(rows: int, forward: int, backward: int) -> tuple[tuple[str, int], 
     return (("fwd", forward),) if rows <= 8 else (("fwd", forward), ("bwd", backward))
 
 
-def run(cases: Iterable[Case], seconds: float = 0.6) -> Iterator[Row]:
-    limits = Limits()
-    for case in cases:
-        yield measure(case, limits, seconds)
+class Wrong(ValueError):
+    """A provider computes something else."""
 
 
-def table(rows: Iterable[Row]) -> Iterator[str]:
-    """Lines of a terminal table, one per row as it comes."""
-    yield (
-        f"{'op':16} {'pass':7} {'dtype':9} {'shape':26} {'ours us':>10} {'torch us':>10} "
-        f"{'ratio':>6} {'rate':>15} {'limit':>6}"
-    )
-    for r in rows:
-        yield (
-            f"{r.op:16} {r.passes:7} {r.dtype:9} {r.shape:26} {r.ours_us:10.1f} "
-            f"{r.torch_us:10.1f} {r.ratio:5.2f}x {r.rate:8.1f} {r.rate_unit:7}{r.of_limit:5.0%}"
-        )
+def outcome(case: Case, call: Call) -> list[Tensor] | None:
+    """All that a call computes: of a backward its gradients and the values they belong to. None
+    where it cannot be compared: it changes its inputs, or draws at random."""
+    parts = parts_of(call)
+    if case.in_place:
+        if parts is None:
+            return None
+        copies = (t.clone() if isinstance(t, Tensor) else t for t in parts.inputs)
+        with torch.no_grad():
+            return flat(parts.function(*copies))
+    results = flat(call())
+    if parts is not None and parts.passes != "fwd":
+        with torch.no_grad():
+            results += flat(parts.function(*parts.inputs))
+    return results
 
 
-def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    return [asdict(r) for r in rows]
+def compare(case: Case, got: list[Tensor] | None, want: list[Tensor] | None) -> None:
+    """Raises Wrong where they differ by more than the case allows."""
+    if got is None or want is None:
+        return
+    if [t.shape for t in got] != [t.shape for t in want]:
+        shapes = [[tuple(t.shape) for t in side] for side in (got, want)]
+        raise Wrong(f"shapes differ: {shapes[0]}, torch has {shapes[1]}")
+    tolerance = 20 * torch.finfo(case.dtype).eps if case.tolerance is None else case.tolerance
+    for a, b in zip(got, want, strict=True):
+        if not a.numel():
+            continue
+        error = (a.float() - b.float()).abs_().max().item()
+        if not math.isfinite(error):  # inf - inf, as of scores under a mask, is no difference
+            error = torch.where(a == b, 0.0, (a.float() - b.float()).abs()).max().item()
+        limit = tolerance * max(b.abs().max().item(), 1e-30)
+        if not error <= limit:
+            raise Wrong(f"results differ by {error:.3g}, allowed {limit:.3g}")
+
+
+def check(case: Case) -> None:
+    """Raises Wrong (a ValueError) where ours and torch do not compute the same."""
+    try:
+        compare(case, outcome(case, case.ours), outcome(case, case.torch))
+    except Wrong as wrong:
+        raise Wrong(f"llmops bench: {case}: {wrong}; a wrong provider gets no number") from None

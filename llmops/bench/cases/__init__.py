@@ -1,4 +1,5 @@
-"""The cases of each op, one same-named module with `cases(quick)` each."""
+"""The cases of each op, one same-named module with `cases(quick)` each; beside them overhead (per
+call), scaling (over rows), attention_grid (flash-attention's) and model (whole models)."""
 
 from __future__ import annotations
 
@@ -6,19 +7,38 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from llmops.bench.harness import Case
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+# Cheap and telling ones first: a run that is cut short by its time has these.
+_LAST = ("model", "attention_grid")
 
 
 def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    found = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return [n for n in found if n not in _LAST] + list(_LAST)
 
 
-def collect(ops: Sequence[str] = (), quick: bool = False) -> Iterator[Case]:
+def collect(
+    ops: Sequence[str] = (),
+    quick: bool = False,
+    dtypes: Sequence[str] = (),
+    device: str = "cpu",
+) -> Iterator[Case]:
     """Cases of these ops (all where none is named); `quick` keeps one shape of each."""
     for name in ops or names():
         if name not in names():
             raise ValueError(f"llmops bench: no cases for {name!r}; there are {', '.join(names())}")
         module = importlib.import_module(f"llmops.bench.cases.{name}")
-        yield from module.cases(quick)
+        torch.manual_seed(0)
+        found = module.cases(quick)
+        while True:
+            # Only while it makes its inputs: what is measured must not run under a mode.
+            with torch.device(device) if device != "cpu" else torch.random.fork_rng(enabled=False):
+                case = next(found, None)
+            if case is None:
+                break
+            if not dtypes or case.dtype_name in dtypes:
+                yield case

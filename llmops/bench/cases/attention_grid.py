@@ -1,0 +1,60 @@
+"""Attention on flash-attention's grid, to be read beside its tables: head dim 64 and 128, causal or
+not, 512 to 16k tokens, batch x tokens constant.
+
+There the model is 2048 wide (32 or 16 heads) and batch x tokens 16k; here, for a CPU, one 128 wide
+(2 heads of 64, 1 of 128) with batch x tokens 2k, more where one sequence is longer. Operations as
+there: 4 B H T^2 D, halved if causal; backward 2.5 times that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llmops
+from llmops.bench.harness import Case, with_backward
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+WIDTH, TOKENS = 128, 2048
+BACKWARD_UP_TO = 4096  # tokens: beyond, one backward of torch's takes many seconds
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    out = llmops.attention(q, k, v, causal=causal)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for t in LENGTHS[:1] if quick else LENGTHS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for d in (128,) if quick else (64, 128):
+                for causal in (True,) if quick else (True, False):
+                    yield from _point(t, dtype, d, causal)
+
+
+def _point(t: int, dtype: torch.dtype, d: int, causal: bool) -> Iterator[Case]:
+    b, h = max(TOKENS // t, 1), WIDTH // d
+    q, k, v = (torch.randn(b, h, t, d).to(dtype).requires_grad_() for _ in range(3))
+    for passes, factor in (("fwd", 1.0), ("bwd", 2.5)):
+        if passes == "bwd" and t > BACKWARD_UP_TO:
+            continue
+        kind = "causal" if causal else "full"
+        yield Case(
+            "attention",
+            passes,
+            dtype,
+            f"{kind} grid {b}x{h}x{t}x{d}",
+            with_backward(passes, _ours, (q, k, v, causal)),
+            with_backward(passes, _torch, (q, k, v, causal)),
+            bytes=int(factor * 4 * q.numel() * q.element_size()),
+            flops=int(factor * 4 * b * h * t * t * d) // (2 if causal else 1),
+            curve=(f"attention {passes} {kind} D{d} over T", t),
+        )

@@ -1,0 +1,380 @@
+"""The benchmark suite: what it must refuse, what it must notice, and that its files are whole.
+
+Nothing here asserts a speed: the machine that runs the tests is not a quiet one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from simd_kit import ISAS
+from torch import Tensor
+
+import llmops
+from llmops.bench import (
+    cases,
+    command,
+    commit_result,
+    compare,
+    harness,
+    measure,
+    memory,
+    providers,
+    report,
+)
+from llmops.bench.harness import Case, with_backward
+from llmops.bench.limits import Limits
+from llmops.cli import main
+
+SMALL = Limits(megabytes=8)
+
+
+class WrongGradient(torch.autograd.Function):
+    """softmax with a right value and a gradient that is 1 % off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.softmax(x, -1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return 1.01 * y * (grad - (grad * y).sum(-1, keepdim=True))
+
+
+def softmax_case(passes: str, ours: Any, **fields: Any) -> Case:
+    x = torch.randn(64, 128, requires_grad=True)
+    return Case(
+        "softmax",
+        passes,
+        torch.float32,
+        "64x128",
+        with_backward(passes, ours, (x,)),
+        with_backward(passes, lambda t: torch.softmax(t, -1), (x,)),
+        bytes=2 * x.numel() * 4,
+        **fields,
+    )
+
+
+def measured(case: Case, **options: Any) -> measure.Row:
+    return measure.measure(case, SMALL, seconds=0.001, **options)
+
+
+# ---- honest by construction ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", ["fwd", "bwd", "fwd+bwd"])
+def test_bench_right_provider_gets_a_number(passes: str) -> None:
+    row = measured(softmax_case(passes, llmops.softmax))
+    assert row.ours_us and row.torch_us and row.ratio == row.torch_us / row.ours_us
+    assert not row.wrong and row.rate and row.of_limit and row.limit == "copy"
+
+
+@pytest.mark.parametrize(
+    ("passes", "ours", "reason"),
+    [
+        ("fwd", lambda x: torch.softmax(x, -1) * 1.01, "results differ"),
+        ("fwd", lambda x: torch.softmax(x, -1) + torch.nan, "results differ"),
+        ("fwd", lambda x: torch.softmax(x, -1)[:-1], "shapes differ"),
+        ("bwd", WrongGradient.apply, "results differ"),
+        ("fwd+bwd", WrongGradient.apply, "results differ"),
+        # Right gradients of a wrong value: a constant more.
+        ("bwd", lambda x: torch.softmax(x, -1) + 0.1, "results differ"),
+    ],
+)
+def test_bench_wrong_provider_gets_no_number(passes: str, ours: Any, reason: str) -> None:
+    case = softmax_case(passes, ours)
+    row = measured(case)
+    assert row.ours_us is None and row.ratio is None and row.rate is None
+    assert row.wrong.startswith("WRONG") and reason in row.wrong
+    assert row.torch_us  # who is right is still measured
+    with pytest.raises(ValueError, match=f"{reason}.*wrong provider gets no number"):
+        harness.check(case)
+
+
+def test_bench_wrong_further_provider_gets_no_number() -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("no kernel image")
+
+    x = torch.zeros(64, 128)
+    others = {"zeros": lambda: x, "broken": fails}
+    row = measured(softmax_case("fwd", llmops.softmax, others=others))
+    notes = {r.provider: (r.us, r.note) for r in row.results}
+    assert notes["zeros"][0] is None and notes["zeros"][1].startswith("WRONG")
+    assert notes["broken"] == (None, "fails: RuntimeError: no kernel image")
+    assert row.ours_us
+
+
+def test_bench_in_place_calls_are_compared_on_copies() -> None:
+    def case(ours: Any) -> Case:
+        x = torch.ones(4, 4)
+        return Case(
+            "twice",
+            "fwd",
+            torch.float32,
+            "4x4",
+            with_backward("fwd", ours, (x,)),
+            with_backward("fwd", lambda t: t * 2, (x,)),
+            in_place=True,
+        )
+
+    assert measured(case(lambda t: t.mul_(2))).compared
+    assert measured(case(lambda t: t.mul_(3))).ours_us is None
+
+
+def test_bench_a_draw_is_marked_as_not_compared() -> None:
+    found = {c.shape.split()[0]: c for c in cases.collect(["sample"], True, ["float32"])}
+    assert harness.outcome(found["plain"], found["plain"].ours) is None
+    assert harness.outcome(found["greedy"], found["greedy"].ours) is not None
+
+
+def test_bench_providers_run_in_rotating_order() -> None:
+    calls: list[str] = []
+    # Longer than a block: one call per round.
+    entrants = [
+        providers.Provider(n, lambda n=n: (calls.append(n), torch.randn(2_000_000).sort()))
+        for n in "abc"
+    ]
+    times = measure.times_of(entrants, seconds=0.001)
+    rounds = [calls[i : i + 3] for i in range(len(calls) - 3 * len(times[0]), len(calls), 3)]
+    assert rounds[:3] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+
+
+def test_bench_names_the_sdpa_kernel() -> None:
+    for case in cases.collect(["attention"], True, ["float32"]):
+        assert providers.torch_name(case) == "SDPA flash", case
+    q = torch.randn(1, 2, 8, 16)
+    mask = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    call = with_backward("fwd", lambda q, m: F.scaled_dot_product_attention(q, q, q, m), (q, mask))
+    case = Case("attention", "fwd", torch.float32, "masked", call, call)
+    assert providers.torch_name(case).startswith("SDPA ")
+
+
+@pytest.mark.parametrize("group", providers.GROUPS)
+def test_bench_every_group_of_providers(group: str) -> None:
+    """Each provider of a group is right, or says why it is not there."""
+    if group == "compile" and not torch._inductor.cpp_builder.get_cpp_compiler():
+        pytest.skip("torch.compile needs a C++ compiler")
+    for passes in ("fwd", "bwd"):
+        row = measured(softmax_case(passes, llmops.softmax), extra=[group])
+        for r in row.results:
+            assert r.us or "install" in r.note or "need" in r.note or "built" in r.note, r
+    if group == "isa":
+        assert {r.provider for r in row.results} >= {f"llmops {i}" for i in ISAS[:-1]}
+    if group == "backends":
+        assert next(r for r in row.results if r.provider == "llmops reference").us
+    if group == "peers":
+        absent = {n for n, state in providers.availability().items() if "not installed" in state}
+        assert all("pip install" in providers.availability()[n] for n in absent)
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bench_limit_loops_do_what_they_count(isa: str) -> None:
+    with providers._on_isa(isa):
+        raw, threads = torch.ops.llmops_cpu, torch.get_num_threads()
+        once = raw.fma_peak(False, 1)
+        assert once > 0 and raw.fma_peak(False, 1000) == 1000 * once
+        assert bool(raw.fma_peak(True, 1)) == (isa == "avx512_bf16")
+        assert once % threads == 0
+        x = torch.arange(200_003.0)[1:]  # no multiple of a vector, unaligned
+        y = torch.zeros(200_004)[2:]
+        raw.copy_peak(x, y[:200_002])
+        assert torch.equal(x, y[:200_002])
+        assert isinstance(raw.read_peak(x), float)
+
+
+def test_bench_limits_bound_a_row_as_a_roofline_does() -> None:
+    gflops = SMALL.flops(torch.float32)
+    assert gflops > 0 and SMALL.copy_gbs > 0 and SMALL.read_gbs >= SMALL.copy_gbs
+    name, seconds = SMALL.bound(0, 10**9, torch.float32, False)
+    assert name == "flops" and seconds == pytest.approx(1 / gflops)
+    assert SMALL.bound(10**9, 1, torch.float32, False)[0] == "copy"
+    assert SMALL.bound(10**9, 1, torch.float32, True) == ("read", pytest.approx(1 / SMALL.read_gbs))
+    assert SMALL.bound(0, 0, torch.float32, False) == ("", 0.0)
+
+
+# ---- cases ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in cases.names() if n != "model"])
+def test_bench_cases_are_distinct_and_agree(name: str) -> None:
+    keys = []
+    for case in cases.collect([name], quick=True):
+        with case.setting():
+            harness.check(case)
+        keys.append(str(case))
+    assert keys and max(Counter(keys).values()) == 1, Counter(keys).most_common(1)
+
+
+def test_bench_whole_model_agrees_with_plain_pytorch() -> None:
+    passes = []
+    for case in cases.collect(["model"], quick=True, dtypes=["float32"]):
+        harness.check(case)
+        passes.append(case.passes)
+    assert passes == ["prefill", "decode", "train"]
+
+
+def test_bench_memory_is_the_size_of_the_result() -> None:
+    rows = memory.measure(["softmax"], True, ["float32"])
+    forward = next(r for r in rows if r["passes"] == "fwd" and r["shape"] == "4096x1024")
+    for who in ("ours_bytes", "torch_bytes"):  # y alone, 16 MiB; huge pages round up by 2 MiB
+        assert 16 * 2**20 - 2**19 < forward[who] < 18.5 * 2**20, forward
+
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+def row(ours: float, torch_us: float, iqr: float = 0.01) -> measure.Row:
+    results = [
+        measure.Result("llmops", ours, ours * iqr),
+        measure.Result("torch", torch_us, torch_us * iqr),
+    ]
+    return measure.Row(
+        "gelu", "fwd", "float32", "8", 1, ours_us=ours, torch_us=torch_us,
+        ratio=torch_us / ours, results=results,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (row(10, 20), row(10.3, 20), "same"),
+        (row(10, 20), row(15, 20), "slower"),
+        (row(15, 20), row(10, 20), "faster"),
+        (row(10, 20), row(15, 30), "same"),  # a busier machine
+        (row(10, 30), row(10, 20), "same"),  # torch became faster
+        (row(10, 20, 0.3), row(13, 20, 0.3), "same"),  # noisy
+    ],
+)
+def test_bench_compare_tells_moves_from_noise(
+    old: measure.Row, new: measure.Row, verdict: str
+) -> None:
+    (move,) = compare.compare([old], [new])
+    assert move.verdict == verdict
+
+
+def test_bench_compare_of_another_machine_uses_ratios() -> None:
+    assert compare.compare([row(10, 20)], [row(5, 5)], same_machine=False)[0].verdict == "slower"
+    assert compare.compare([row(10, 20)], [row(30, 60)], same_machine=False)[0].verdict == "same"
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+QUICK = ["bench", "gelu", "--quick", "--seconds", "0.001", "--dtype", "float32", "--plain"]
+
+
+def test_bench_command_writes_and_compares(tmp_path: Path, capsys: Any) -> None:
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "csv", "html")}
+    options = [x for kind, file in files.items() for x in (f"--{kind}", str(file))]
+    assert main([*QUICK, *options, "--with", "isa"]) == 0
+    shown = capsys.readouterr().out
+    assert "limits measured now" in shown and "llmops scalar" in shown
+    result = json.loads(files["json"].read_text())
+    assert result["format"] == command.FORMAT and result["runs"][0]["complete"]
+    assert {"cpu", "isa", "cores", "clocks", "torch", "commit"} <= set(result["machine"])
+    rows = result["runs"][0]["rows"]
+    assert rows == measure.as_json(map(measure.from_json, rows))
+    with files["csv"].open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["provider"] for line in lines} >= {"llmops", "torch (eager)", "llmops scalar"}
+
+    # As fast as a tenth of the time, noise apart: now everything is a regression.
+    for r in rows:
+        r["ours_us"], r["ratio"] = r["ours_us"] / 100, r["ratio"] * 100
+        for x in r["results"]:
+            x["iqr_us"] = 0.0
+    result["runs"][0]["rows"] = rows
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(result))
+    assert main([*QUICK, "--compare", str(old), "--seconds", "0.05"]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "Compared with commit" in said and "within noise" in said
+
+
+def test_bench_command_exits_1_on_a_regression(tmp_path: Path, monkeypatch: Any) -> None:
+    machine = {"cpu": "c", "isa": "i", "commit": "x", "torch": "t"}
+    old = {"machine": machine, "rows": measure.as_json([row(10, 20)])}
+    lines, regressed = compare.report(old, [row(20, 20)], machine)
+    assert regressed and any("slower: gelu" in line for line in lines)
+    assert not compare.report(old, [row(10, 20)], machine)[1]
+    lost = row(10, 20)
+    lost.ours_us = lost.ratio = None
+    lost.results[0] = measure.Result("llmops", note="WRONG: results differ")
+    lines, regressed = compare.report(old, [lost], machine)
+    assert regressed and any("lost its number" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nothing"], "no cases for nothing"),
+        (["gelu", "--threads", "0"], "--threads must be numbers of at least 1"),
+        (["gelu", "--seconds", "0"], "--seconds must be above 0"),
+        (["gelu", "--json", "/nowhere/x.json"], "its folder does not exist"),
+        (["gelu", "--compare", "/nowhere/x.json"], "no such file"),
+    ],
+)
+def test_bench_command_rejects(options: list[str], message: str, capsys: Any) -> None:
+    assert main(["bench", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_bench_huge_pages_are_another_process() -> None:
+    run = command.child_run([*QUICK[1:], "--huge-pages", "on"], "on")
+    assert run["torch_huge_pages"] is True and run["rows"][0]["ours_us"]
+
+
+def test_bench_report_needs_nothing_from_outside() -> None:
+    one = measure.measure(softmax_case("fwd", llmops.softmax), SMALL, 0.001)
+    one.shape = "<64&128>"
+    run = {"threads": 1, "torch_huge_pages": False, "limits": SMALL.as_json()}
+    machine = {"cpu": "c", "isa": "i", "cores": 1, "torch": "t", "llmops": "l", "commit": "x"}
+    curve = [
+        measure.Row(**{**vars(row(10, 20)), "bytes": 8 * n, "curve": ("gelu over rows", n),
+                       "rate_unit": "GB/s"})
+        for n in (1, 10, 100)
+    ]  # fmt: skip
+    rows = measure.as_json([one, *curve])
+    html = report.html({"machine": machine, "runs": [{**run, "rows": rows}]})
+    assert not re.search(r"https?:|//|src=|<link|<script|url\(|@import", html)
+    assert "prefers-color-scheme:dark" in html and "<svg" in html and "Scaling" in html
+    assert "<64&128>" not in html and "&lt;64&amp;128&gt;" in html
+
+
+def test_bench_committed_result_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    begun: list[str] = []
+
+    def fake(stage: commit_result.Stage, ops: Any) -> Any:
+        begun.append(stage.name)
+        if stage.name == "threads" and begun.count("threads") == 1:
+            raise KeyboardInterrupt
+        if stage.huge_pages is None:
+            return []
+        return {"threads": 1, "torch_huge_pages": stage.huge_pages == "on", "rows": []}
+
+    monkeypatch.setattr(commit_result, "_measure", fake)
+    with pytest.raises(KeyboardInterrupt):
+        commit_result.make(tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+    assert commit_result.make(tmp_path) == 0
+    assert begun == ["plain", "huge", "threads", "threads", "providers", "memory"]
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    stages = [run["stage"] for run in result["runs"]]
+    assert stages == ["plain", "huge", "threads", "providers"] and result["memory"] == []
+    assert sum(stage.minutes for stage in commit_result.STAGES) < 15
