@@ -17,7 +17,7 @@ from torch import Tensor
 
 import llmops
 from llmops.bench.harness import Case
-from llmops.model import GPT, GPTConfig, KVCache
+from llmops.model import GPT, GPTConfig
 
 PROMPT, CACHED = 128, 256
 
@@ -67,8 +67,9 @@ def _cases(name: str, model: GPT, dtype: torch.dtype) -> Iterator[Case]:
     # Rounding differs at every layer; 16-bit logits of a random model differ in their last bits.
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     attended = 2 * c.n_layer * c.n_head * c.d_head * PROMPT**2
-    cache = KVCache(c, 1, CACHED + 1, like=model.tokens)
-    cache.kv.normal_()
+    cache = model.new_cache(1, CACHED + 1)
+    for held in (*cache.keys, *cache.values):
+        held.normal_()
 
     @torch.inference_mode()
     def prefill() -> Tensor:
@@ -76,7 +77,8 @@ def _cases(name: str, model: GPT, dtype: torch.dtype) -> Iterator[Case]:
 
     @torch.inference_mode()
     def decode() -> Tensor:
-        cache.length = CACHED
+        cache.reset()
+        cache.extend(CACHED)
         return model(ids[:, :1], cache=cache, last_only=True)
 
     def train() -> tuple[Tensor, ...]:
