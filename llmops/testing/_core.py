@@ -76,6 +76,8 @@ class OpSpec:
         namespace: of those operators: torch.ops.<namespace>.<name>.
         rows: True where output rows depend on their own input row only (NaN containment is then
             checked on the first argument).
+        lowers: True where autocast lowers the inputs though the result may be fp32, as of a loss
+            whose logits are a 16-bit product: the result is then only as exact as those.
         skip: check name -> reason, for properties the operator does not have.
     """
 
@@ -87,6 +89,7 @@ class OpSpec:
     schemas: Callable[[Make], dict[str, tuple[Any, ...]]] | None = None
     namespace: str = "llmops"
     rows: bool = False
+    lowers: bool = False
     skip: dict[str, str] = field(default_factory=dict)
 
 

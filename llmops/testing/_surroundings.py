@@ -50,7 +50,7 @@ def autocast(spec: OpSpec, sample: Sample, target: Target) -> None:
             got, grads = call(spec.fn, sample, backend=target.backend)
     oracle, oracle_grads = expected(spec, sample)[0]
     # What was computed in bf16 is that exact, whatever dtype a gradient has in the end.
-    lowered = any(w.dtype == torch.bfloat16 for w in want)
+    lowered = spec.lowers or any(w.dtype == torch.bfloat16 for w in want)
     eps = torch.finfo(torch.bfloat16).eps if lowered else None
     for i, (g, o, y) in enumerate(zip(got, oracle, want, strict=True)):
         what = f"{spec.name} output {i} under autocast"

@@ -87,6 +87,7 @@ SPEC = OpSpec(
     torch_fn=torch_linear_cross_entropy,
     samples=samples,
     schemas=schemas,
+    lowers=True,
     skip={
         "bitwise_repeatable": "torch.mm of a few rows in fp32 splits its sums by the number of "
         "threads; tests/test_linear_cross_entropy.py has what is promised",
