@@ -1,8 +1,8 @@
-"""Writes the generated parts of README.md: the support table, from the code, and the measured
-numbers, from benchmarks/results.
+"""Writes what is generated: README.md's support table, from the code, and measured numbers, from
+benchmarks/results; llmops/ops/README.md, the schemas of all operators.
 
-    python tools/readme.py           rewrite README.md
-    python tools/readme.py --check   exit 1 where README.md is not what the code says
+    python tools/readme.py           rewrite them
+    python tools/readme.py --check   exit 1 where one is not what the code says
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULT = ROOT / "benchmarks" / "results" / "cpu-avx512-bf16-2core.json"
+SCHEMAS = ROOT / "llmops" / "ops" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 # Not one op at a time, or a curve: these have their own lines or stay in the JSON.
 APART = ("model", "overhead")
 DTYPES = ("float32", "bfloat16")
@@ -61,8 +62,13 @@ def _cell(rows: list[Row]) -> str:
 
 
 def speed_table() -> str:
-    """One line per op and pass of the committed result: medians over its shapes."""
-    result = json.loads(RESULT.read_text())
+    """The committed result of each class of machine."""
+    return "\n\n".join(_speed_of(file) for file in sorted(RESULTS.glob("*.json"), reverse=True))
+
+
+def _speed_of(file: Path) -> str:
+    """One line per op and pass of a result: medians over its shapes."""
+    result = json.loads(file.read_text())
     machine: dict[str, Any] = result["machine"]
     plain, huge = _runs(result)
     groups: dict[tuple[str, str], None] = {}
@@ -75,8 +81,8 @@ def speed_table() -> str:
         f"{machine['commit']}. Times as fast as PyTorch: median over the measured shapes, lowest "
         "and highest in brackets; the last two columns with `THP_MEM_ALLOC_ENABLE=1`, which gives "
         "torch's fresh outputs huge pages as ours have them. Every row, with microseconds, share "
-        f"of the machine's limits and spread: [`{RESULT.relative_to(ROOT)}`]"
-        f"({RESULT.relative_to(ROOT)}).",
+        f"of the machine's limits and spread: [`{file.relative_to(ROOT)}`]"
+        f"({file.relative_to(ROOT)}).",
         "",
         "| op | pass | shapes | float32 | bfloat16 | float32, THP | bfloat16, THP |",
         "|---|---|---|---|---|---|---|",
@@ -119,6 +125,31 @@ def _model_lines(plain: list[Row]) -> list[str]:
     return lines
 
 
+def schemas() -> str:
+    """Every operator of torch.ops.llmops with its full argument list."""
+    import torch
+
+    import llmops
+
+    assert llmops.OPERATORS
+    found = sorted(
+        str(schema)
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("llmops::")
+    )
+    listed = "\n".join(s.removeprefix("llmops::") for s in found)
+    return f"""# The operators beneath the public functions
+
+`torch.ops.llmops.*`: what compiled graphs, export and other languages see. `backend` is the name
+that the front door resolved; the public functions in this folder check arguments and fill in
+defaults. Written by `python tools/readme.py`.
+
+```
+{listed}
+```
+"""
+
+
 def rendered(text: str) -> str:
     """README's text with each generated part replaced."""
     for name, make in (("support", support_table), ("speed", speed_table)):
@@ -130,13 +161,12 @@ def rendered(text: str) -> str:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    text = README.read_text()
-    new = rendered(text)
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            raise SystemExit("README.md is not what the code says; run: python tools/readme.py")
-        return
-    README.write_text(new)
+    for file, new in ((README, rendered(README.read_text())), (SCHEMAS, schemas())):
+        if "--check" not in sys.argv[1:]:
+            file.write_text(new)
+        elif not file.exists() or file.read_text() != new:
+            name = file.relative_to(ROOT)
+            raise SystemExit(f"{name} is not what the code says; run: python tools/readme.py")
 
 
 if __name__ == "__main__":
