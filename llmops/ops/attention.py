@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 
 
 def attention(
@@ -90,6 +90,22 @@ def attention(
     al., "Longformer", 2020. ALiBi: Press et al., 2022. Soft cap: Gemma 2, 2024. Sinks: Xiao et al.,
     2023; gpt-oss, 2025. Dropout's random numbers: Philox-4x32-10, Salmon et al., 2011.
     """
+    modified = (
+        window is not None
+        or alibi_slopes is not None
+        or softcap is not None
+        or sinks is not None
+        or dropout_p != 0.0
+    )
+    if backend is None and mask is None and not modified:
+        raw = _attention_raw(q, k, v)
+        if raw is not None:
+            try:
+                own = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+                out, lse = raw(q, k, v, None, causal, own)
+                return (out, lse) if return_lse else out
+            except (RuntimeError, IndexError, ZeroDivisionError):
+                pass  # the checks below say what is wrong
     if _autocast.enabled(q):
         q, k, v, mask = _autocast.lowered(q, k, v, mask)
     _check_tensors(q, k, v, mask)
@@ -99,13 +115,7 @@ def attention(
     if causal:
         features += ("causal",)
     modifiers = PLAIN
-    if (
-        window is not None
-        or alibi_slopes is not None
-        or softcap is not None
-        or sinks is not None
-        or dropout_p != 0.0
-    ):
+    if modified:
         modifiers, extra = checked_modifiers(
             "attention", q, q.shape[0], window, alibi_slopes, softcap, sinks, dropout_p, generator
         )
@@ -269,6 +279,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+
+_attention_raw = shortcut("attention")
 
 
 def _heads_like(like: Tensor, dim: int) -> Tensor:
