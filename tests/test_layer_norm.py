@@ -192,3 +192,10 @@ def test_layer_norm_module() -> None:
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)
     assert list(llmops.nn.LayerNorm(8, bias=False).state_dict()) == ["weight"]
     assert not llmops.nn.LayerNorm(8, elementwise_affine=False).state_dict()
+
+
+def test_layer_norm_without_gradients_refuses_a_list_by_name() -> None:
+    """The short way, which checks nothing itself, leaves the words to the checks."""
+    x = torch.randn(2, 4)
+    with torch.no_grad(), pytest.raises(TypeError, match="weight must be a Tensor; got list"):
+        llmops.layer_norm(x, (4,), [1.0] * 4)  # type: ignore[arg-type]

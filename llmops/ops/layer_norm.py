@@ -51,7 +51,7 @@ def layer_norm(
     """
     raw = _layer_norm_raw(x, weight, bias) if backend is None else None
     # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
     if raw is not None and (last or _norm.is_last(x, normalized_shape)):
         try:
             return raw(x, weight, bias) if eps == 1e-5 else raw(x, weight, bias, eps)
@@ -96,7 +96,7 @@ def add_layer_norm(
     """
     raw = _add_layer_norm_raw(x, residual, weight, bias) if backend is None else None
     # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
     if raw is not None and (last or _norm.is_last(x, normalized_shape)):
         try:
             return raw(x, residual, weight, bias, eps)  # type: ignore[no-any-return]

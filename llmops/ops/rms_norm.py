@@ -52,7 +52,7 @@ def rms_norm(
     """
     raw = _rms_norm_raw(x, weight) if backend is None else None
     # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
     if raw is not None and weight_offset == 0.0 and (last or _norm.is_last(x, normalized_shape)):
         try:
             return raw(x, weight, _EPS if eps is None else eps)
@@ -99,7 +99,7 @@ def add_rms_norm(
     """
     raw = _add_rms_norm_raw(x, residual, weight) if backend is None else None
     # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = weight is not None and raw is not None and weight.shape == normalized_shape
+    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
     if raw is not None and weight_offset == 0.0 and (last or _norm.is_last(x, normalized_shape)):
         try:
             return raw(x, residual, weight, _EPS if eps is None else eps)  # type: ignore[no-any-return]
