@@ -22,7 +22,7 @@ from llmops.backends import get
 # Highest priority first. "reference" closes every list: plain PyTorch runs anywhere.
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
 }
 NAMES = ("cpu", "triton", "cuda", "reference", "auto")
 

@@ -1,22 +1,41 @@
-"""The Triton kernels, for GPUs. None is there yet: every call is refused with that reason."""
+"""The Triton kernels, for GPUs of any vendor, and for CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from llmops.dispatch import Call
 
-DEVICE = "cuda"
+# With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly: for tests without a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
-PASSES: dict[str, str] = {}
+PASSES: dict[str, str] = {
+    "softmax": "forward, backward",
+}
+# The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
+_FILES = {
+    "softmax": "softmax",
+    "softmax_bwd": "softmax",
+}
+# What an op has no kernel for, as its front door names it in Call.features.
+_MISSING: dict[str, tuple[str, ...]] = {}
 
 
 def available() -> str | None:
+    """None when usable, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install llmops-kernels[triton]"
-    return "this version of llmops has no Triton kernels yet"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch finds no GPU; check the driver, or set TRITON_INTERPRET=1 to try it slowly"
+    return None
 
 
 def supports(call: Call) -> str | None:
@@ -25,7 +44,17 @@ def supports(call: Call) -> str | None:
 
 def serves(call: Call) -> str | None:
     """None where there is a kernel for such a call, usable here or not; else why not."""
-    return f"it has no {call.op} yet"
+    if call.device != DEVICE:
+        kind = "CPU tensors under TRITON_INTERPRET=1" if INTERPRETED else "CUDA and ROCm tensors"
+        return f"it serves {kind}, and these are on {call.device}"
+    if call.dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, and this is {call.dtype}"
+    if call.op not in _FILES and call.op not in globals():
+        return f"it has no {call.op} yet"
+    for feature in _MISSING.get(call.op, ()):
+        if feature in call.features:
+            return f"its {call.op} has no {feature}"
+    return None
 
 
 def yields(call: Call) -> str | None:
@@ -33,4 +62,13 @@ def yields(call: Call) -> str | None:
 
 
 def describe(call: Call) -> str:
-    return f"Triton {call.op}"
+    return f"Triton {call.op}" + (" (interpreted)" if INTERPRETED else "")
+
+
+def __getattr__(name: str) -> Any:
+    """The launcher of an operator, its file imported on first use."""
+    if name not in _FILES:
+        raise AttributeError(f"llmops.backends.triton has no {name!r}")
+    launcher = getattr(importlib.import_module(f"llmops.kernels.triton.{_FILES[name]}"), name)
+    globals()[name] = launcher
+    return launcher

@@ -131,6 +131,9 @@ def targets() -> list[Target]:
         raise ImportError(f"llmops.testing: the CPU kernels cannot be tested: {reason}")
     best = _extension.ISA_NAMES.index(torch.ops.llmops_cpu.isa_best())
     found = [Target("cpu", "cpu", isa) for isa in _extension.ISA_NAMES[: best + 1]]
+    triton = get("triton")
+    if triton.INTERPRETED and triton.available() is None:
+        found.append(Target("triton", "cpu"))
     if torch.cuda.is_available():
         found += [
             Target(name, "cuda") for name in ("triton", "cuda") if get(name).available() is None

@@ -41,6 +41,11 @@ def samples(make: Make) -> Iterator[Sample]:
     infinite = make(3, 24, grad=False).masked_fill(make.bools(3, 24, keep=0.4), -math.inf)
     yield Sample("addmask-inf-3x24", (make(3, 24),), {"mask": infinite})
     yield Sample("both-5x13", (make(5, 13),), {"mask": make.bools(5, 13), "causal": True})
+    # Past the rows that GPU kernels hold in registers.
+    yield Sample("2x17001", (make(2, 17001),))
+    yield Sample(
+        "causal-boolmask-2x17001", (make(2, 17001),), {"mask": make.bools(2, 17001), "causal": True}
+    )
     yield Sample("dtype-4x40", (make(4, 40),), {"dtype": torch.float32})
 
 

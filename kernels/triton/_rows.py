@@ -1,0 +1,68 @@
+"""Tensors as rows: what the row kernels' launchers have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A program handles about this many elements: enough loads in flight per thread, no spills.
+TILE = 4096
+# The longest row held in registers; longer ones are looped over.
+LONGEST = 16384
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def as_rows(x: Tensor, dims: int = 1) -> Tensor:
+    """x as [rows, n], n its last `dims` dimensions together, elements of a row side by side: a view
+    where the strides allow it, else a copy."""
+    n = 1
+    for size in x.shape[x.dim() - dims :]:
+        n *= size
+    rows = x.reshape(x.numel() // n if n else _product(x.shape[: x.dim() - dims]), n)
+    return rows if n <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _product(sizes: Any) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def broadcast(x: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """How a row kernel finds the elements of x [broadcastable to shape]: a tensor, the sizes of the
+    two inner of up to three row dimensions, and the strides of the three and of the last dimension.
+
+    Row r is (a, b, c) with c = r % size_c, b = r // size_c % size_b.
+    """
+    x = x.expand(shape)
+    merged = _merge(x.shape[:-1], x.stride()[:-1])
+    if len(merged) > 3:  # of no use to a kernel: as rows of its own
+        x = x.contiguous()
+        merged = _merge(x.shape[:-1], x.stride()[:-1])
+    (_, stride_a), (b, stride_b), (c, stride_c) = [(1, 0)] * (3 - len(merged)) + merged
+    last = x.stride(-1) if shape[-1] > 1 else 1
+    return x, (b, c, stride_a, stride_b, stride_c), last  # type: ignore[return-value]
+
+
+def _merge(sizes: Any, strides: Any) -> list[tuple[int, int]]:
+    """Dimensions (size, stride), neighbours that one stride serves merged, those of size 1 gone."""
+    found: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if found and found[-1][1] == size * stride:
+            found[-1] = (found[-1][0] * size, stride)
+        else:
+            found.append((size, stride))
+    return found
