@@ -1,17 +1,16 @@
-// W dot products at once: R rows of a small operand held in cache, by W / R rows that are streamed.
+// R * K dot products at once: R rows of a small operand held in cache, by K rows that are streamed.
 // The lanes run along the dimension; each product has one accumulator.
 #pragma once
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 
-// acc[r * (W / R) + t] = lanes of q[r] . w[t]; a product is the sum of its lanes (reduce_each).
-// w: W / R pointers to `dim` elements. q: R rows of floats, or of bf16 where kPairs (vdpbf16ps),
+// acc[r * K + t] = lanes of q[r] . w[t]; a product is the sum of its lanes (reduce_each).
+// w: K pointers to `dim` elements. q: R rows of floats, or of bf16 where kPairs (vdpbf16ps),
 // ldq floats apart and padded with zeros to whole vectors.
-template <class T, bool kPairs, int R>
+template <class T, bool kPairs, int R, int K = W / R>
 LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int64_t ldq, Vec* acc) {
-  constexpr int K = W / R;
-  LLMOPS_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
+  LLMOPS_UNROLL for (int i = 0; i < R * K; ++i) acc[i] = zero();
   int64_t d = 0;
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS

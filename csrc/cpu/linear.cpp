@@ -2,11 +2,12 @@
 //
 // Reading W is the cost: element size * N * K bytes for 2 * rows * N * K flops. x is copied once
 // into padded fp32 rows (bf16 ones for vdpbf16ps) and stays in cache; then W rows of weights at a
-// time are multiplied by all of x. One row of x: each row of weights is one run through memory with
-// four accumulators. More: tiles of R rows of x by W / R rows of weights, W accumulators, lanes
-// along K. The W sums of a block are formed by one reduction, the bias is added in fp32, and each
-// result is rounded once. Many rows of x go through in panels that stay in L2, which reads W once
-// per panel.
+// time are multiplied by all of x. One row of x: a short row of weights is one run through memory
+// with four accumulators; long ones are read eight side by side, because a processor fetches ahead
+// within a page of memory only, and eight pages at a time go nearly twice as fast. More: tiles of R
+// rows of x by W / R rows of weights, W accumulators, lanes along K. The W sums of a block are
+// formed by one reduction, the bias is added in fp32, and each result is rounded once. Many rows of
+// x go through in panels that stay in L2, which reads W once per panel.
 #include "linear.h"
 
 #include "dot_tile.h"
@@ -15,6 +16,8 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int kTile = W == 1 ? 1 : 4;       // rows of x per tile
+constexpr int kStreams = W < 8 ? W : 8;     // long rows of weights read side by side
+constexpr int64_t kLongRow = 2048;          // bytes: half a page
 constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
 
 template <class T>
@@ -85,7 +88,12 @@ template <class T, int R>
 LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float (*sums)[W]) {
   Vec acc[W];
   if constexpr (R == 1) {
-    for (int t = 0; t < W; ++t) acc[t] = dot_row(w[t], k, x);
+    if (W > 1 && k * static_cast<int64_t>(sizeof(T)) >= kLongRow) {
+      for (int t = 0; t < W; t += kStreams)
+        dot_tile<T, Pairs<T>::value, 1, kStreams>(w + t, k, x, 0, acc + t);
+    } else {
+      for (int t = 0; t < W; ++t) acc[t] = dot_row(w[t], k, x);
+    }
     store(sums[0], reduce_each(acc));
   } else {
     constexpr int kColumns = W / R;
