@@ -77,7 +77,9 @@ class Op:
         if setup is None or backward is None:
             raise TypeError(f"{qualified}: needs setup and backward, or reference")
         torch.library.register_autograd(qualified, backward, setup_context=setup, lib=LIBRARY)
-        self.function, self.functorch_function = _functions(self.name, forward, setup, backward)
+        function, self.functorch_function = _functions(self.name, forward, setup, backward)
+        # Past Function.apply in Python, whose questions about functorch are answered in __call__.
+        self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
         if _is_compiling() or _dispatch_modes():
@@ -96,7 +98,7 @@ class Op:
         if needs_grad or _forward_ad._current_level >= 0:
             if _functorch_level() is not None:
                 return self.functorch_function.apply(*args)
-            return self.function.apply(*args)
+            return self.apply(*args)
         if _functorch_level() is not None:  # vmap loops over the whole op, whatever is in it
             return self.overload(*args)
         return self.forward(*args)
