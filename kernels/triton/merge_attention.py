@@ -108,10 +108,10 @@ def merge_attention_bwd_kernel(
 # ---- launchers -----------------------------------------------------------------------------------
 
 
-def _table(n: int) -> _config.Config:
+def _table(n: int, tile: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection."""
     block = min(_rows.power_of_2(n), 512)
-    return {"ROWS": max(1, min(_rows.TILE // block, 64)), "BLOCK": block, "num_warps": 4}
+    return {"ROWS": max(1, min(tile // block, 32)), "BLOCK": block, "num_warps": 4}
 
 
 def _placed(x: Tensor, dims: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -137,7 +137,7 @@ def merge_attention(
     rows, n = lse.numel(), out.shape[-1]
     if rows == 0:
         return out, lse
-    config = _config.choose("merge_attention", (_rows.power_of_2(n), out.dtype), _table(n))
+    config = _config.choose("merge_attention", (_rows.power_of_2(n), out.dtype), _table(n, 4096))
     tensors, where = _all_placed((out_a, lse_a, out_b, lse_b))
     grid = (triton.cdiv(rows, config["ROWS"]),)
     launch(merge_attention_fwd_kernel, grid, *tensors, out, lse, rows, n, *where, **config)
@@ -152,7 +152,8 @@ def merge_attention_bwd(
     rows, n = lse_a.numel(), out_a.shape[-1]
     if rows == 0:
         return results  # type: ignore[return-value]
-    config = _config.choose("merge_attention_bwd", (_rows.power_of_2(n), out_a.dtype), _table(n))
+    key = (_rows.power_of_2(n), out_a.dtype)
+    config = _config.choose("merge_attention_bwd", key, _table(n, 2048))
     tensors, where = _all_placed((grad_out, grad_lse, out_a, lse_a, out_b, lse_b))
     grid = (triton.cdiv(rows, config["ROWS"]),)
     launch(merge_attention_bwd_kernel, grid, *tensors, *results, rows, n, *where, **config)
