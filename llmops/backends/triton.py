@@ -18,10 +18,15 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES: dict[str, str] = {
+    "kv_cache_append_": "in place",
+    "merge_attention": "forward, backward",
     "softmax": "forward, backward",
 }
 # The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
 _FILES = {
+    "kv_cache_append_": "kv_cache_append_",
+    "merge_attention": "merge_attention",
+    "merge_attention_bwd": "merge_attention",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
 }
