@@ -18,10 +18,20 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES: dict[str, str] = {
+    "add_layer_norm": "forward, backward",
+    "add_rms_norm": "forward, backward",
+    "layer_norm": "forward, backward",
+    "rms_norm": "forward, backward",
     "softmax": "forward, backward",
 }
 # The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
 _FILES = {
+    "add_layer_norm": "layer_norm",
+    "add_rms_norm": "rms_norm",
+    "layer_norm": "layer_norm",
+    "layer_norm_bwd": "layer_norm",
+    "rms_norm": "rms_norm",
+    "rms_norm_bwd": "rms_norm",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
 }
