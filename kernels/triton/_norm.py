@@ -310,6 +310,9 @@ def norm_sum_kernel(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
+# The longest row whose gradient is taken in registers.
+LONGEST_BACKWARD = 8192
+
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous().view(-1)
@@ -329,7 +332,7 @@ def forward(
     source = _rows.as_rows(x, dims)
     added = None if residual is None else _rows.as_rows(residual, dims)
     (rows, n), added_row = source.shape, 0 if added is None else added.stride(0)
-    table = {"BLOCK": 4096, "num_warps": 8} if n > _rows.LONGEST else _rows.tile(n)
+    table = {"BLOCK": 4096, "num_warps": 8} if n > _rows.LONGEST else _rows.tile(n, per_thread=16)
     config = _config.choose(op, (_rows.power_of_2(n), x.dtype), table)
     arguments = (source, added, _flat(weight), _flat(bias), y, h, rows, n, source.stride(0),
                  added_row, eps, offset)  # fmt: skip
@@ -345,7 +348,7 @@ def _backward_table(n: int) -> _config.Config:
     """Rows in flight, block, warps, and programs per processor: not measured yet; from
     ahead-of-time inspection. Five fp32 tiles are alive (dy, h, weight, two sums): beyond 8192
     elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory."""
-    if n > 8192:
+    if n > LONGEST_BACKWARD:
         return {"ROWS": 2, "BLOCK": 2048, "num_warps": 8, "PER_PROCESSOR": 2}
     config = _rows.tile(n, per_thread=16)
     small = config["ROWS"] * config["BLOCK"] <= 4096
