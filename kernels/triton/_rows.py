@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llmops.kernels.triton import _config
 from torch import Tensor
 
 # A program handles about this many elements: enough loads in flight per thread, no spills.
@@ -16,6 +17,15 @@ LONGEST = 16384
 def power_of_2(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def tile(n: int, per_thread: int = 32) -> _config.Config:
+    """Rows of n elements in registers, about TILE elements per program, and the warps (of 32) that
+    leave `per_thread` of them to a thread: not measured yet; from ahead-of-time inspection."""
+    block = power_of_2(n)
+    rows = max(1, min(TILE // block, 16))
+    warps = min(max(rows * block // (32 * per_thread), 1), 16)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
 def as_rows(x: Tensor, dims: int = 1) -> Tensor:

@@ -135,12 +135,8 @@ def softmax_bwd_long_kernel(dy, y, dx, n, dy_row, y_row, scale, BLOCK: tl.conste
 
 
 def _table(n: int) -> _config.Config:
-    """Rows per program, block and warps: not measured yet; from ahead-of-time inspection."""
-    if n > _rows.LONGEST:
-        return {"BLOCK": 8192, "num_warps": 16}
-    block = _rows.power_of_2(n)
-    rows = max(1, min(_rows.TILE // block, 16))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block // 1024, 1), 16)}
+    """Block and warps of a long row: not measured yet; from ahead-of-time inspection."""
+    return {"BLOCK": 8192, "num_warps": 16} if n > _rows.LONGEST else _rows.tile(n)
 
 
 def softmax(

@@ -20,6 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "kv_cache_append_": "in place",
     "merge_attention": "forward, backward",
+    "add_layer_norm": "forward, backward",
+    "add_rms_norm": "forward, backward",
+    "layer_norm": "forward, backward",
+    "rms_norm": "forward, backward",
     "softmax": "forward, backward",
 }
 # The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
@@ -27,6 +31,12 @@ _FILES = {
     "kv_cache_append_": "kv_cache_append_",
     "merge_attention": "merge_attention",
     "merge_attention_bwd": "merge_attention",
+    "add_layer_norm": "layer_norm",
+    "add_rms_norm": "rms_norm",
+    "layer_norm": "layer_norm",
+    "layer_norm_bwd": "layer_norm",
+    "rms_norm": "rms_norm",
+    "rms_norm_bwd": "rms_norm",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
 }
