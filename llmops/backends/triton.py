@@ -18,12 +18,21 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES: dict[str, str] = {
+    "geglu": "forward, backward",
+    "gelu": "forward, backward",
     "softmax": "forward, backward",
+    "swiglu": "forward, backward",
 }
 # The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
 _FILES = {
+    "geglu": "swiglu",
+    "gelu": "gelu",
+    "gelu_bwd": "gelu",
+    "glu_bwd": "swiglu",
+    "glu_bwd_fused": "swiglu",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
+    "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {}
