@@ -24,7 +24,10 @@ PASSES: dict[str, str] = {
     "add_rms_norm": "forward, backward",
     "layer_norm": "forward, backward",
     "rms_norm": "forward, backward",
+    "geglu": "forward, backward",
+    "gelu": "forward, backward",
     "softmax": "forward, backward",
+    "swiglu": "forward, backward",
 }
 # The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
 _FILES = {
@@ -37,8 +40,14 @@ _FILES = {
     "layer_norm_bwd": "layer_norm",
     "rms_norm": "rms_norm",
     "rms_norm_bwd": "rms_norm",
+    "geglu": "swiglu",
+    "gelu": "gelu",
+    "gelu_bwd": "gelu",
+    "glu_bwd": "swiglu",
+    "glu_bwd_fused": "swiglu",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
+    "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {}

@@ -1,0 +1,39 @@
+"""Elementwise kernels' walk over memory: one run of all elements where every tensor is contiguous,
+else rows of the last dimension."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from llmops.kernels.triton import _config, _rows
+from torch import Tensor
+
+
+@triton.jit
+def place(rows, n, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows [ROWS, 1] and columns [1, BLOCK], of `blocks` blocks per row, and which
+    of them there are."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, column, (row < rows) & (column < n)
+
+
+def as_matrices(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape as [rows, n] with dense rows, of one row where all are contiguous."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, t.numel()) for t in tensors]
+    return [_rows.as_rows(t if t.dim() else t.view(1)) for t in tensors]
+
+
+def table(rows: int, n: int) -> _config.Config:
+    """Rows per program, block and warps: not measured yet; from ahead-of-time inspection."""
+    block = min(_rows.power_of_2(n), _rows.TILE // 2)
+    many = max(1, min(_rows.TILE // 2 // block, 16, _rows.power_of_2(rows)))
+    return {"ROWS": many, "BLOCK": block, "num_warps": min(max(many * block // 512, 1), 4)}
+
+
+def grid(rows: int, n: int, config: _config.Config) -> tuple[tuple[int], int]:
+    """The programs, and how many blocks each row has."""
+    blocks = triton.cdiv(n, config["BLOCK"])
+    return (triton.cdiv(rows, config["ROWS"]) * blocks,), blocks
