@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-quick test-emulated test-oldest lint format bench results ci cuda packaging clean
+.PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -35,6 +35,27 @@ test test-all: install
 PARTS ?= 4
 test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
+
+# The Triton kernels under Triton's interpreter, a part of them that rotates as well.
+TRITON_PARTS ?= 8
+test-triton: install
+	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -k triton --durations=10 --deselect tests/test_triton_interpreter.py
+
+# The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
+# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/8" is CI's part.
+AOT ?=
+AOT_PARTS ?= 8
+OLDEST_TRITON := 3.6.0
+build/triton-$(OLDEST_TRITON)/triton: | $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
+	triton==$(OLDEST_TRITON)
+aot: install build/triton-$(OLDEST_TRITON)/triton
+	OMP_NUM_THREADS=1 $(BIN)/python tools/aot.py $(AOT)
+	OMP_NUM_THREADS=1 PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python tools/aot.py \
+	--target sm_80 --target sm_90 $(AOT)
+aot-part:
+	$(MAKE) aot AOT="--part head/$(AOT_PARTS)"
 
 test-quick: install
 	$(BIN)/python -m pytest -m "not slow"
@@ -88,7 +109,7 @@ cuda: install
 # On x86-64 processors that cannot run all the CPU kernels themselves.
 EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
 	echo test-emulated)
-ci: lint cuda test-part $(EMULATED)
+ci: lint cuda test-part test-triton aot-part $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

@@ -1,0 +1,98 @@
+"""tools/aot.py: its rules can fail, and what it reads from a compiled kernel is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_fresh_python(code: str) -> str:
+    """Kernels of a process with TRITON_INTERPRET cannot be compiled, so in one without."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'tools')\nimport aot\n" + code],
+        capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_aot_rules_can_fail() -> None:
+    code = """
+from dataclasses import replace
+good = {"registers": 60, "spills": 0, "shared": 1024, "instructions": ["HGMMA"], "config": ""}
+job = aot.Job("k bf16 x sm_90", "sm_90", None, {}, "", None)
+assert not list(aot.broken(job, good)) and not list(aot.grown(good, good))
+assert not list(aot.grown(good, {**good, "registers": 60 + aot.SLACK}))
+more = {**good, "registers": 61 + aot.SLACK}
+assert list(aot.grown(good, more))[0].startswith("registers 60 ->")
+assert list(aot.grown(good, {**good, "shared": 1025})) == ["shared 1024 -> 1025"]
+assert list(aot.grown(good, {**good, "spills": 1})) == ["spills 0 -> 1"]
+assert list(aot.grown(good, {**good, "instructions": ["HMMA"]})) == ["no longer uses HGMMA"]
+assert "3 spills" in list(aot.broken(job, {**good, "spills": 3}))[0]
+assert not list(aot.broken(replace(job, spills="its reason"), {**good, "spills": 3}))
+assert "shared memory" in list(aot.broken(job, {**good, "shared": 227 * 1024 + 1}))[0]
+product = {**good, "product": True, "instructions": ["LDGSTS"]}
+assert "without tensor cores" in list(aot.broken(job, product))[0]
+table = {job.name: good, "gone bf16 x sm_90": good}
+assert aot.compare(table, {job.name: good}, {job.name, "new"}, set(table)) == [
+    "new: not in the table", "gone bf16 x sm_90: in the table, and nothing launches it"]
+assert "softmax_fwd_kernel" in " ".join(aot.missing({"softmax"}, set()))
+dot = "%1 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x16xbf16> * tensor<16x64xbf16>"
+assert aot._multiplies_16_bit(dot) and not aot._multiplies_16_bit(dot.replace("bf16", "f32"))
+"""
+    in_fresh_python(code)
+
+
+def test_aot_sees_spills_and_grids() -> None:
+    """A kernel that holds far more than the registers of its one warp spills, and is told."""
+    code = """
+from llmops.kernels.triton import _config
+with _config.override("softmax", ROWS=16, BLOCK=4096, num_warps=4):
+    def calls(make, call):
+        call("many", "softmax", make(4096, 4096))
+    sys.modules["aot_calls.softmax"] = module = type(sys)("calls")
+    module.calls = calls
+    recorder = aot.Recorder()
+    recorder.run("softmax", "sm_80", "bf16")
+(job,) = recorder.jobs.values()
+print(*aot.broken(job, job.result()))
+recorder.jobs.clear()
+import torch
+from llmops.kernels.triton import _launch, softmax
+launch = _launch.Launch(softmax.softmax_fwd_kernel, (1, 70000), {}, {})
+try:
+    aot._specialize(launch, "", "sm_80")
+except AssertionError as error:
+    print(error)
+"""
+    out = in_fresh_python(code)
+    assert " spills (" in out and "ROWS=16" in out
+    assert "(1, 70000, 1) is beyond CUDA's" in out
+
+
+def test_aot_recording_launches_nothing() -> None:
+    """Meta tensors in, launches out, tables asked for the architecture that was named; the next
+    call is one of the device again."""
+    code = """
+import torch
+from llmops.kernels.triton import _launch, softmax
+with _launch.recording("gfx942") as launches:
+    assert _launch.architecture() == "gfx942" and _launch.processors() == 132
+    y = softmax.softmax(torch.empty(8, 100, device="meta"), 0.5)
+    softmax.softmax(torch.empty(0, 100, device="meta"))
+    with _launch.recording("sm90") as inner:
+        assert _launch.architecture() == "sm90"
+    assert not inner and _launch.architecture() == "gfx942"
+(launch,) = launches
+assert y.is_meta and y.shape == (8, 100)
+assert launch.kernel is softmax.softmax_fwd_kernel and launch.grid == (1,)
+assert launch.arguments["n"] == 100 and launch.arguments["scale"] == 0.5
+assert launch.arguments["x"].is_meta and launch.arguments["mask"] is None
+assert launch.constants["BLOCK"] == 128
+"""
+    in_fresh_python(code)
