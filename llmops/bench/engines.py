@@ -2,8 +2,8 @@
 ctranslate2, as providers of cases/model.py's generation.
 
 Both get the weights of our reference GPT, GPT-2 or Llama shaped, through a file in a temporary
-folder: in the model's dtype, unquantized, so that all providers read as many bytes per token. Token
-7 is spelled "t7", since no text is involved. Each call is greedy, from the prompt to the last token.
+folder: in the model's dtype, unquantized, so that all providers read as many bytes per token. A
+token 7 is spelled "t7", since no text is involved. Each call is greedy, from prompt to last token.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _gguf_tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
     yield "token_embd.weight", model.tokens
     if model.positions is not None:
         yield "position_embd.weight", model.positions
-    for i, block in enumerate(model.blocks):
+    blocks: Any = model.blocks
+    for i, block in enumerate(blocks):
         layers: dict[str, Any] = {
             "attn_norm": block.norm_1,
             "attn_output": block.attention.out,
@@ -211,9 +212,9 @@ def _ctranslate2_spec(model: GPT) -> Any:
     if model.positions is not None:
         decoder.position_encodings.encodings = numpy(model.positions)
     norm(decoder.layer_norm, model.norm)
-    for target, block in zip(decoder.layer, model.blocks, strict=True):
-        attention: Any = block.attention
-        mlp: Any = block.mlp
+    blocks: Any = model.blocks
+    for target, block in zip(decoder.layer, blocks, strict=True):
+        attention, mlp = block.attention, block.mlp
         norm(target.self_attention.layer_norm, block.norm_1)
         norm(target.ffn.layer_norm, block.norm_2)
         linear(target.self_attention.linear[0], attention.qkv.weight, attention.qkv.bias)
