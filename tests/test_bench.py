@@ -24,6 +24,7 @@ from llmops.bench import (
     command,
     commit_result,
     compare,
+    engines,
     harness,
     measure,
     memory,
@@ -33,6 +34,7 @@ from llmops.bench import (
 from llmops.bench.harness import Case, with_backward
 from llmops.bench.limits import Limits
 from llmops.cli import main
+from llmops.model import GPT, GPTConfig
 
 SMALL = Limits(megabytes=8)
 
@@ -229,7 +231,30 @@ def test_bench_whole_model_agrees_with_plain_pytorch() -> None:
     for case in cases.collect(["model"], quick=True, dtypes=["float32"]):
         harness.check(case)
         passes.append(case.passes)
-    assert passes == ["prefill", "decode", "train"]
+    assert passes == 2 * ["prefill", "decode", "train", "generate"]
+
+
+@pytest.mark.parametrize("engine", ["xllamacpp", "ctranslate2"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_bench_engines_generate_the_same_tokens(shape: str, engine: str) -> None:
+    """Weights far from the start's, or every token repeats the one before."""
+    pytest.importorskip(engine, reason=providers.PEERS[engine][1])
+    llama: dict[str, Any] = {
+        "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 512, "position": "rotary",
+        "norm": "rms_norm", "activation": "swiglu", "bias": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, n_layer=2, **(llama if shape == "llama" else {})))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and name != "tokens":
+                p.mul_(8)
+            elif p.dim() == 1:
+                p.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
+    ids = torch.tensor([[5, 9, 70]])
+    want = model.generate(ids, 16, temperature=0.0)
+    assert isinstance(want, Tensor) and len(want.unique()) > 8
+    assert torch.equal(getattr(engines, engine)(model, ids, 16)(), want)
 
 
 def test_bench_memory_is_the_size_of_the_result() -> None:

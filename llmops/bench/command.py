@@ -239,11 +239,13 @@ def _write_csv(result: dict[str, Any], file: Any) -> None:
     """One line per row and provider."""
     fields = ["op", "passes", "dtype", "shape", "threads", "bytes", "flops"]
     writer = csv.writer(file)
-    writer.writerow([*fields, "torch_huge_pages", "provider", "us", "iqr_us", "note"])
+    last = ("torch_huge_pages", "provider", "us", "iqr_us", "tokens_per_s", "note")
+    writer.writerow([*fields, *last])
     for one in result["runs"]:
         for row in one["rows"]:
             for r in row["results"]:
                 name = row["torch_name"] if r["provider"] == "torch" else ""
                 provider = r["provider"] + (f" ({name})" if name else "")
-                values = [provider, r["us"], r["iqr_us"], r["note"]]
+                rate = measure.from_json(row).tokens_per_s(r["us"])
+                values = [provider, r["us"], r["iqr_us"], rate, r["note"]]
                 writer.writerow([*(row[f] for f in fields), one["torch_huge_pages"], *values])

@@ -37,6 +37,11 @@ class Case:
             copies; of other calls not at all, and the row says so.
         read_only: the bytes are read and hardly any written: the limit is read bandwidth.
         others: more providers, name -> call.
+        peers: makers of other libraries' calls that belong to this case alone, name -> maker, for
+            peers.py; a maker raises peers.Absent where the library cannot serve.
+        model: the model that the shape is of.
+        tokens: that one call processes, for tokens/s of whole models.
+        evidence: what to compare of a call's results, where not the results themselves.
         setting: entered around all of the case's calls, outside what is timed.
         curve: (name of a scaling curve, place on its x axis), e.g. ("attention over T", 512).
     """
@@ -54,6 +59,10 @@ class Case:
     in_place: bool = False
     read_only: bool = False
     others: dict[str, Call] = field(default_factory=dict)
+    peers: dict[str, Callable[[], Call]] = field(default_factory=dict)
+    model: str = ""
+    tokens: int = 0
+    evidence: Callable[[Any], Any] | None = None
     setting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     curve: tuple[str, int] | None = None
 
@@ -133,7 +142,8 @@ def outcome(case: Case, call: Call) -> list[Tensor] | None:
         copies = (t.clone() if isinstance(t, Tensor) else t for t in parts.inputs)
         with torch.no_grad():
             return flat(parts.function(*copies))
-    results = flat(call())
+    results = call()
+    results = flat(results if case.evidence is None else case.evidence(results))
     if parts is not None and parts.passes != "fwd":
         with torch.no_grad():
             results += flat(parts.function(*parts.inputs))

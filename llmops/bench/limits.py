@@ -8,6 +8,7 @@ pair product. CUDA: a device copy and a bf16 matrix product, both torch's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,18 @@ MEBIBYTE = 1 << 20
 
 def last_level_cache() -> int:
     """Bytes, 0 where it cannot be read."""
-    try:
-        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-        return max(size, 0) or max(os.sysconf("SC_LEVEL2_CACHE_SIZE"), 0)
-    except (ValueError, OSError, AttributeError):
-        return 0
+    # The C library reads 0 on some virtual machines where the kernel knows.
+    for level, index in ((3, 3), (2, 2)):
+        with contextlib.suppress(ValueError, OSError, AttributeError):
+            size = os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE")
+            if size > 0:
+                return size
+        with contextlib.suppress(ValueError, OSError):
+            text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size").read_text().strip()
+            return int(text.removesuffix("K").removesuffix("M")) * (
+                MEBIBYTE if text.endswith("M") else 1024
+            )
+    return 0
 
 
 def _best(call: Any, rounds: int = 5) -> float:

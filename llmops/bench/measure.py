@@ -42,7 +42,7 @@ class Row:
     `ratio` is torch's time over ours; `spread` the distance between the quartiles of ours, as a
     share of its median; `of_limit` the time at the limit over ours. `in_cache`: the bytes fit the
     last-level cache, so that more than 100 % of a memory limit is possible. `compared` is False
-    where results could not be (a random draw).
+    where results could not be (a random draw). `tokens` are those of one call of a whole model.
     """
 
     op: str
@@ -64,11 +64,18 @@ class Row:
     in_cache: bool = False
     compared: bool = True
     curve: tuple[str, int] | None = None
+    model: str = ""
+    tokens: int = 0
+    ours_tokens_per_s: float | None = None
+    torch_tokens_per_s: float | None = None
     results: list[Result] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
         return self.op, self.passes, self.dtype, self.shape, self.threads
+
+    def tokens_per_s(self, us: float | None) -> float | None:
+        return self.tokens / us * 1e6 if us and self.tokens else None
 
     @property
     def wrong(self) -> str:
@@ -159,8 +166,13 @@ def measure(case: Case, limits: Limits, seconds: float = 0.6, extra: Iterable[st
         in_cache=0 < case.bytes < cache and limit != "flops",
         compared=want is not None,
         curve=case.curve,
+        model=case.model,
+        tokens=case.tokens,
         results=results,
     )
+    if case.tokens:
+        row.ours_tokens_per_s = row.tokens_per_s(ours.us)
+        row.torch_tokens_per_s = row.tokens_per_s(theirs.us)
     if ours.us is not None:
         row.ours_us, row.spread = ours.us, ours.iqr_us / ours.us
         row.ratio = theirs.us / ours.us if theirs.us is not None else None

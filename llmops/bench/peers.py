@@ -1,14 +1,15 @@
 """Other libraries as providers of a case: one maker each, Case -> Call, for the ops they have.
 
 onnxruntime and zentorch run on CPU; Liger, flash-attn and quack need a GPU, and their makers have
-not been run on one yet. xllamacpp and ctranslate2 generate with whole models of their own file
-formats; they stand in cases/model.py.
+not been run on one yet. xllamacpp and ctranslate2 generate with whole models: engines.py makes them
+for cases/model.py, which names them in its `peers`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from llmops.bench.harness import Call, Case, Parts, parts_of, with_backward
+
+
+class Absent(Exception):
+    """A library cannot take part in a case; the text says why, or how to get it."""
+
 
 COVERS = {
     "onnxruntime": ("softmax", "gelu", "layer_norm", "rms_norm"),
@@ -33,6 +39,12 @@ def covers(name: str, case: Case) -> bool:
     if name == "onnxruntime":  # inference, and hardly any bf16 kernels on CPU
         return case.passes == "fwd" and case.dtype == torch.float32 and "causal" not in case.shape
     return case.op != "softmax" or "causal" not in case.shape
+
+
+def makers(case: Case) -> dict[str, Callable[[], Call | None]]:
+    """The libraries that have this case: name -> what makes the call, None for a form they lack."""
+    own = {n: partial(make, case) for n, make in MAKERS.items() if covers(n, case)}
+    return {**own, **case.peers}
 
 
 def _parts(case: Case) -> Parts:

@@ -136,14 +136,15 @@ def _peers(case: Case) -> Iterator[Provider]:
     from llmops.bench import peers
 
     states = availability()
-    for name, make in peers.MAKERS.items():
-        if not peers.covers(name, case):
-            continue
+    for name, make in peers.makers(case).items():
         if states[name]:
             yield Provider(name, None, note=states[name])
             continue
         try:
-            call = make(case)
+            call = make()
+        except peers.Absent as absent:
+            yield Provider(name, None, note=str(absent))
+            continue
         except Exception as error:  # see _derived
             yield Provider(name, None, note=f"fails: {type(error).__name__}: {str(error)[:120]}")
             continue

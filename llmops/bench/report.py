@@ -255,14 +255,23 @@ def _apart(rows: Iterable[Row], op: str, title: str, unit: str, per: float) -> s
     lines = [
         f"<tr><td>{escape(r.shape)}<td>{escape(r.passes)}<td>{r.dtype}"
         f'<td class="n">{r.ours_us / per:.1f}<td class="n">{r.torch_us / per:.1f}'
-        f'<td class="n">{r.ratio:.2f}x'
+        f'<td class="n">{r.ratio:.2f}x{_tokens(r)}'
         for r in rows
         if r.op == op and r.ours_us and r.torch_us and r.ratio
     ]
     if not lines:
         return ""
     head = f'<tr><th>what<th>pass<th>dtype<th class="n">ours, {unit}<th class="n">torch, {unit}'
-    return f'<h2>{title}</h2><table>{head}<th class="n">ratio{"".join(lines)}</table>'
+    head += '<th class="n">ratio'
+    if op == "model":
+        head += '<th class="n">ours, tokens/s<th class="n">torch, tokens/s'
+    scroll = f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>'
+    return f"<h2>{title}</h2>{scroll}"
+
+
+def _tokens(row: Row) -> str:
+    rates = (row.tokens_per_s(row.ours_us), row.tokens_per_s(row.torch_us))
+    return "".join(f'<td class="n">{rate:.1f}' for rate in rates if rate is not None)
 
 
 def _memory(rows: Iterable[dict[str, Any]]) -> str:

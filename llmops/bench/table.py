@@ -39,6 +39,9 @@ def others(row: Row) -> list[str]:
     lines += [
         f"{r.provider}: {r.note}" for r in row.results if r.note.startswith(("WRONG", "fail"))
     ]
+    if row.tokens:
+        sides = [f"{r.provider} {row.tokens_per_s(r.us):.1f}" for r in row.results if r.us]
+        lines.append(f"tokens/s: {', '.join(sides)}")
     if row.torch_name != "eager" and lines:
         lines.append(f"torch is {row.torch_name}")
     return lines

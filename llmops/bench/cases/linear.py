@@ -1,6 +1,7 @@
 """linear at model shapes: one row of x (decode), four, and a prompt.
 
-Bytes, up to eight rows: W and x read, y written. Beyond, flops: 2 rows N K. torch is F.linear.
+Bytes, up to eight rows: W and x read, y written; W is nearly all, so the limit is to read.
+Beyond, flops: 2 rows N K. torch is F.linear.
 """
 
 from __future__ import annotations
@@ -34,4 +35,5 @@ def cases(quick: bool) -> Iterator[Case]:
                     with_backward("fwd", F.linear, (x, weight)),
                     bytes=moved if rows <= 8 else 0,
                     flops=2 * rows * n * k if rows > 8 else 0,
+                    read_only=rows <= 8,
                 )
