@@ -18,6 +18,7 @@ _ELSEWHERE = {
         "llmops.testing._command",
         "hold an operator, of llmops or your own, to the conformance kit",
     ),
+    "tune": ("llmops.bench.tune", "find this GPU's fastest configurations of the Triton kernels"),
     "demo": ("llmops.demo", "text from a real model, its speed and each op's beside plain PyTorch"),
 }
 

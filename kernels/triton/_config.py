@@ -3,19 +3,29 @@
 Each op's file has its table, a function of what matters (row length or head dimension, dtype,
 architecture) that gives a configuration: a dict of constexprs with num_warps and num_stages.
 `choose` takes, in this order: what `override` says (tests, tuning), what `llmops tune` found on
-this device, and the table's.
+this device, and the table's. Where a file has `candidates(key)`, `llmops tune` tries those.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
+import triton
+from llmops.kernels.triton import _launch
+
 Config = dict[str, Any]
-# op -> key -> configuration: what tuning found on this device.
-tuned: dict[str, dict[tuple[Any, ...], Config]] = {}
+Key = tuple[Any, ...]
+# op -> key -> configuration: what tuning found on this device; None before the first look.
+tuned: dict[str, dict[Key, Config]] | None = None
 _overrides: dict[str, Config] = {}
+_watchers: list[list[tuple[str, Key]]] = []
 
 
 @contextlib.contextmanager
@@ -32,9 +42,90 @@ def override(op: str, **values: Any) -> Iterator[None]:
             _overrides[op] = before
 
 
-def choose(op: str, key: tuple[Any, ...], table: Config) -> Config:
+@contextlib.contextmanager
+def watching() -> Iterator[list[tuple[str, Key]]]:
+    """The (op, key) of the choices made within."""
+    seen: list[tuple[str, Key]] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.pop()
+
+
+def choose(op: str, key: Key, table: Config) -> Config:
     """The configuration of a call of `op`; `table` is the op's own answer for `key`."""
-    found = tuned.get(op)
-    config = table if found is None else found.get(key, table)
+    for seen in _watchers:
+        seen.append((op, key))
+    config = table
+    if not _launch.INTERPRETED and not _launch.is_recording():
+        found = (load() if tuned is None else tuned).get(op)
+        config = table if found is None else found.get(key, table)
     forced = _overrides.get(op)
     return config if forced is None else {**config, **forced}
+
+
+# ---- what tuning found, kept in a file -----------------------------------------------------------
+
+
+def file() -> Path:
+    path = os.environ.get("LLMOPS_TUNED")
+    return Path(path) if path else Path.home() / ".cache" / "llmops" / "tuned.json"
+
+
+def _where() -> str:
+    """Results are good for this device, this compiler and these kernels only."""
+    import llmops
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{device}, triton {triton.__version__}, llmops {llmops.__version__}"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(file().read_text())
+        return found if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"llmops: {file()} cannot be read ({error}); tables serve", stacklevel=4)
+        return {}
+
+
+def load() -> dict[str, dict[Key, Config]]:
+    """From the file, once; a device that is not in it has its tables."""
+    global tuned
+    found: dict[str, dict[Key, Config]] = {}
+    for op, key, config in _read().get(_where(), []):
+        found.setdefault(op, {})[tuple(map(_decoded, key))] = config
+    tuned = found
+    return found
+
+
+def save(found: dict[str, dict[Key, Config]]) -> None:
+    """Adds to the file, and uses it from now on."""
+    everything = _read()
+    merged = {op: dict(configs) for op, configs in load().items()}
+    for op, configs in found.items():
+        merged.setdefault(op, {}).update(configs)
+    everything[_where()] = [
+        [op, [_encoded(part) for part in key], config]
+        for op, configs in merged.items()
+        for key, config in configs.items()
+    ]
+    path = file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")  # whole or not at all, for other processes' reads
+    part.write_text(json.dumps(everything, indent=1) + "\n")
+    part.replace(path)
+    load()
+
+
+def _encoded(part: Any) -> Any:
+    return str(part) if isinstance(part, torch.dtype) else part
+
+
+def _decoded(part: Any) -> Any:
+    if isinstance(part, str) and part.startswith("torch."):
+        return getattr(torch, part.removeprefix("torch."))
+    return part

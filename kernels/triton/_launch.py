@@ -83,6 +83,10 @@ def processors() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
 
 
+def is_recording() -> bool:
+    return _recorded is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Runs `kernel` over `grid`, on the device of its first tensor and that device's stream."""
     if 0 in grid:

@@ -13,6 +13,8 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -137,6 +139,20 @@ def softmax_bwd_long_kernel(dy, y, dx, n, dy_row, y_row, scale, BLOCK: tl.conste
 def _table(n: int) -> _config.Config:
     """Block and warps of a long row: not measured yet; from ahead-of-time inspection."""
     return {"BLOCK": 8192, "num_warps": 16} if n > _rows.LONGEST else _rows.tile(n)
+
+
+def candidates(key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table, for the forward and for the backward."""
+    n, _ = key
+    if n > _rows.LONGEST:
+        for block in (4096, 8192, 16384):
+            for warps in (8, 16):
+                yield {"BLOCK": block, "num_warps": warps}
+        return
+    for rows in (1, 2, 4, 8, 16, 32):
+        for warps in (1, 2, 4, 8, 16):
+            if 128 * warps <= rows * n <= 2048 * warps:
+                yield {"ROWS": rows, "num_warps": warps}
 
 
 def softmax(
