@@ -196,6 +196,7 @@ def test_environment_variables_are_documented() -> None:
     """CONTRIBUTING's table names every variable that the code reads, and no other of ours."""
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tools").glob("*.py")]
     files += [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
+    files += (ROOT / "kernels").rglob("*.py")
     reading = re.compile(r'(?:environ(?:\.get)?[\[(]|getenv\()"(\w+)"')
     read = {name for file in files for name in reading.findall(file.read_text())}
     table = (ROOT / "CONTRIBUTING.md").read_text().split("## Environment variables")[1]
