@@ -32,7 +32,7 @@ test test-all: install
 	$(BIN)/python -m pytest
 
 # Every op, and one of PARTS parts of the kit's other cases: PARTS successive commits run them all.
-PARTS ?= 4
+PARTS ?= 6
 test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
