@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmops.backends import _linear_cross_entropy
+
 if TYPE_CHECKING:
     from llmops.dispatch import Call
 
@@ -20,11 +22,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
+    "cross_entropy": "forward, backward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
     "kv_cache_append_": "in place",
     "layer_norm": "forward, backward",
+    "linear_cross_entropy": "forward, backward",
     "merge_attention": "forward, backward",
     "rms_norm": "forward, backward",
     "rope": "forward, backward",
@@ -37,6 +41,9 @@ PASSES: dict[str, str] = {
 _FILES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_bwd": "cross_entropy",
+    "cross_entropy_bwd_": "cross_entropy",
     "embedding": "embedding",
     "embedding_bwd": "embedding",
     "geglu": "swiglu",
@@ -59,7 +66,10 @@ _FILES = {
     "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
-_MISSING: dict[str, tuple[str, ...]] = {}
+_MISSING: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("probability targets",),
+    "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
+}
 
 
 def available() -> str | None:
@@ -96,6 +106,11 @@ def yields(call: Call) -> str | None:
 
 def describe(call: Call) -> str:
     return f"Triton {call.op}" + (" (interpreted)" if INTERPRETED else "")
+
+
+def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
+    loss, gradient = __getattr__("cross_entropy"), __getattr__("cross_entropy_bwd_")
+    return _linear_cross_entropy.sums(loss, gradient, False, *args)
 
 
 def __getattr__(name: str) -> Any:
