@@ -170,7 +170,8 @@ def test_bench_every_group_of_providers(group: str) -> None:
     for passes in ("fwd", "bwd"):
         row = measured(softmax_case(passes, llmops.softmax), extra=[group])
         for r in row.results:
-            assert r.us or "install" in r.note or "need" in r.note or "built" in r.note, r
+            reasons = ("install", "need", "built", "no GPU")
+            assert r.us or any(reason in r.note for reason in reasons), r
     if group == "isa":
         assert {r.provider for r in row.results} >= {f"llmops {i}" for i in ISAS[:-1]}
     if group == "backends":
@@ -178,6 +179,26 @@ def test_bench_every_group_of_providers(group: str) -> None:
     if group == "peers":
         absent = {n for n, state in providers.availability().items() if "not installed" in state}
         assert all("pip install" in providers.availability()[n] for n in absent)
+
+
+def test_bench_ours_on_the_reference_gets_no_number() -> None:
+    """Where no kernel serves, the time would be plain PyTorch's under our name."""
+    x = torch.randn(4, 8, dtype=torch.float64)
+    ours = with_backward("fwd", llmops.softmax, (x,))
+    theirs = with_backward("fwd", lambda t: torch.softmax(t, -1), (x,))
+    for _ in range(2):  # the dispatcher itself warns once only
+        row = measured(Case("softmax", "fwd", torch.float64, "4x8", ours, theirs))
+        assert row.ours_us is None and row.torch_us and not row.wrong
+        assert row.results[0].note.startswith("no kernel: llmops.softmax")
+
+
+def test_bench_on_a_gpu_names_its_kernels_and_leaves_out_what_runs_on_cpu() -> None:
+    q = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
+    call = with_backward("fwd", F.scaled_dot_product_attention, (q, q, q))
+    case = Case("attention", "fwd", torch.bfloat16, "", call, call, device="cuda")
+    names = [p.name for p in providers.of(case, providers.GROUPS)]
+    assert {"SDPA flash", "SDPA cuDNN", "flash-attn", "llmops cuda"} <= set(names)
+    assert not {"zentorch", "onnxruntime", "llmops cpu", "llmops scalar"} & set(names)
 
 
 # ---- limits --------------------------------------------------------------------------------------

@@ -114,6 +114,8 @@ def _validate(arguments: argparse.Namespace) -> None:
         )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("llmops bench: --device cuda needs a CUDA GPU, and torch sees none")
+    if arguments.device != "cpu" and arguments.memory:
+        raise ValueError("llmops bench: --memory reads the CPU's memory; leave out --device cuda")
     for name in ("seconds", "minutes"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:

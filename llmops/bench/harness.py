@@ -44,6 +44,7 @@ class Case:
         evidence: what to compare of a call's results, where not the results themselves.
         setting: entered around all of the case's calls, outside what is timed.
         curve: (name of a scaling curve, place on its x axis), e.g. ("attention over T", 512).
+        device: where its tensors are; cases.collect sets it.
     """
 
     op: str
@@ -65,6 +66,7 @@ class Case:
     evidence: Callable[[Any], Any] | None = None
     setting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     curve: tuple[str, int] | None = None
+    device: str = "cpu"
 
     @property
     def dtype_name(self) -> str:

@@ -37,7 +37,9 @@ def others(row: Row) -> list[str]:
     ]
     # Who is absent is said once, at the end, and in the JSON of each row.
     lines += [
-        f"{r.provider}: {r.note}" for r in row.results if r.note.startswith(("WRONG", "fail"))
+        f"{r.provider}: {r.note}"
+        for r in row.results
+        if r.note.startswith(("WRONG", "fail", "no kernel"))
     ]
     if row.tokens:
         sides = [f"{r.provider} {row.tokens_per_s(r.us):.1f}" for r in row.results if r.us]
