@@ -23,6 +23,7 @@ PASSES: dict[str, str] = {
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
+    "attention_kvcache": "forward",
     "kv_cache_append_": "in place",
     "layer_norm": "forward, backward",
     "merge_attention": "forward, backward",
@@ -44,6 +45,7 @@ _FILES = {
     "gelu_bwd": "gelu",
     "glu_bwd": "swiglu",
     "glu_bwd_fused": "swiglu",
+    "attention_kvcache": "attention_kvcache",
     "kv_cache_append_": "kv_cache_append_",
     "layer_norm": "layer_norm",
     "layer_norm_bwd": "layer_norm",
@@ -59,7 +61,9 @@ _FILES = {
     "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
-_MISSING: dict[str, tuple[str, ...]] = {}
+_MISSING: dict[str, tuple[str, ...]] = {
+    "attention_kvcache": ("gradient of alibi_slopes",),
+}
 
 
 def available() -> str | None:
