@@ -20,10 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
+    "attention_kvcache": "forward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
-    "attention_kvcache": "forward",
     "kv_cache_append_": "in place",
     "layer_norm": "forward, backward",
     "merge_attention": "forward, backward",
@@ -38,6 +38,7 @@ PASSES: dict[str, str] = {
 _FILES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "attention_kvcache": "attention_kvcache",
     "embedding": "embedding",
     "embedding_bwd": "embedding",
     "geglu": "swiglu",
@@ -45,7 +46,6 @@ _FILES = {
     "gelu_bwd": "gelu",
     "glu_bwd": "swiglu",
     "glu_bwd_fused": "swiglu",
-    "attention_kvcache": "attention_kvcache",
     "kv_cache_append_": "kv_cache_append_",
     "layer_norm": "layer_norm",
     "layer_norm_bwd": "layer_norm",
@@ -61,9 +61,7 @@ _FILES = {
     "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
-_MISSING: dict[str, tuple[str, ...]] = {
-    "attention_kvcache": ("gradient of alibi_slopes",),
-}
+_MISSING: dict[str, tuple[str, ...]] = {"attention_kvcache": ("gradient of alibi_slopes",)}
 
 
 def available() -> str | None:
