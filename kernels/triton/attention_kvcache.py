@@ -95,15 +95,14 @@ def attention_kvcache_fwd_kernel(
             there = inside & (in_block >= 0) & (in_block < blocks)
             where = where % page
         rows = k + kv_head * k_h + in_block * k_b + where * k_t
-        y = tl.load(rows[:, None] + column, mask=there[:, None] & (column < DIM), other=0.0)
+        y = tile.rows_of(rows[:, None], there[:, None], 0, DIM, D, True)
         s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+        if PAGED:  # a query that sees a key of no block
+            s += tl.where(there | (inside == 0), 0.0, float("nan"))[None, :]
         s, _derivative = tile.modify_scores(
             s, token, key[None, :], queries, keys, left, right, slope, cap, 0, 0, FORM, True
         )
         s = tl.where(inside[None, :], s, -float("inf"))
-        if PAGED:
-            seen = (inside & (there == 0))[None, :] & (s > -float("inf"))
-            s = tl.where(seen, float("nan"), s)
         new = tl.maximum(top, tl.max(s, 1)[:, None])
         # Nothing seen yet: -inf - -inf would be NaN.
         shift = tl.where(new == -float("inf"), 0.0, new)
@@ -111,7 +110,7 @@ def attention_kvcache_fwd_kernel(
         fade = tl.exp2((top - shift) * LOG2E)
         total = total * fade + tl.sum(p, 1)[:, None]
         rows = v + kv_head * v_h + in_block * v_b + where * v_t
-        y = tl.load(rows[:, None] + column_v, mask=there[:, None] & (column_v < DIM_V), other=0.0)
+        y = tile.rows_of(rows[:, None], there[:, None], 0, DIM_V, DV, True)
         sums = tl.dot(p.to(y.dtype), y, sums * fade, input_precision=PRECISION)
         top = new
 
@@ -120,6 +119,7 @@ def attention_kvcache_fwd_kernel(
     whole = tl.where(empty, -float("inf"), top + tl.log(tl.where(empty, 1.0, total)))
     value = tl.where(valid, value, float("nan"))
     whole = tl.where(valid, whole, float("nan"))
+    split = split.to(tl.int64)
     at = split * o_s + b * o_b + head * o_h + token.to(tl.int64) * o_t
     inside_v = held & (column_v < DIM_V)
     tl.store(out + at + column_v, value.to(out.dtype.element_ty), mask=inside_v)
@@ -157,13 +157,17 @@ def attention_combine_kernel(
 # ---- launchers -----------------------------------------------------------------------------------
 
 
-def _table(rows: int, dim: int, wide: bool) -> _config.Config:
-    """Not measured yet; from ahead-of-time inspection. dim: the larger head dimension."""
+def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
+    """Not measured yet; from ahead-of-time inspection. dim: the larger head dimension; wide: fp32;
+    modified: more than a causal bound."""
     amd = _launch.architecture().startswith("gfx")
     block_m = 16 if rows <= 16 else 32 if rows <= 32 or dim > 128 or wide else 64
     block_n = (32 if wide else 64) if dim <= 128 else 16 if wide else 32
-    stages = 1 if amd or dim > 128 else 2
-    warps = 8 if dim > 128 else 4
+    if amd:  # the masks of every row take scalar registers
+        block_m = min(block_m, 16 if modified else 32)
+        block_n = 16 if wide or modified or rows > 16 else 32
+    stages = 1 if amd or dim > 128 or (wide and modified) else 2
+    warps = 8 if dim > 128 or modified or (wide and dim > 64) or (amd and rows > 16) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
@@ -222,8 +226,10 @@ def attention_kvcache(
     group = heads // kv_heads
     widest = max(_rows.power_of_2(max(dim, dim_v)), 16)
     wide = q.dtype == torch.float32
-    key = (_rows.power_of_2(queries * group), widest, q.dtype)
-    config = _config.choose("attention_kvcache", key, _table(queries * group, widest, wide))
+    modified = form & ~tile.RIGHT.value != 0
+    key = (_rows.power_of_2(queries * group), widest, q.dtype, modified)
+    table = _table(queries * group, widest, wide, modified)
+    config = _config.choose("attention_kvcache", key, table)
     row_blocks = triton.cdiv(queries * group, config["BLOCK_M"])
     programs = batch * kv_heads * row_blocks
     splits = _splits(programs, capacity)
