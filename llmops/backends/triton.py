@@ -23,6 +23,7 @@ PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
     "cross_entropy": "forward, backward",
+    "attention_kvcache": "forward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
@@ -44,6 +45,7 @@ _FILES = {
     "cross_entropy": "cross_entropy",
     "cross_entropy_bwd": "cross_entropy",
     "cross_entropy_bwd_": "cross_entropy",
+    "attention_kvcache": "attention_kvcache",
     "embedding": "embedding",
     "embedding_bwd": "embedding",
     "geglu": "swiglu",
@@ -70,6 +72,7 @@ _MISSING: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
+_MISSING: dict[str, tuple[str, ...]] = {"attention_kvcache": ("gradient of alibi_slopes",)}
 
 
 def available() -> str | None:
