@@ -75,8 +75,9 @@ def limits_line(limits: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def display(total: int | None, plain: bool = False) -> Iterator[Any]:
-    """Gives show(row), called as rows come: a progress bar with a table at the end, or lines."""
+def display(total: int, plain: bool = False) -> Iterator[Any]:
+    """Gives show(row, ops done), called as rows come: a progress bar with a table at the end, or
+    lines. The bar counts ops, `total` in all: how many cases each has is not known before."""
     rich = None
     if not plain and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
@@ -84,7 +85,7 @@ def display(total: int | None, plain: bool = False) -> Iterator[Any]:
     if rich is None:
         print(_line(HEAD), flush=True)
 
-        def show(row: Row) -> None:
+        def show(row: Row, done: int) -> None:
             for line in list(table([row]))[1:]:
                 print(line, flush=True)
 
@@ -93,7 +94,7 @@ def display(total: int | None, plain: bool = False) -> Iterator[Any]:
     yield from _rich_display(total)
 
 
-def _rich_display(total: int | None) -> Iterator[Any]:
+def _rich_display(total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -104,10 +105,10 @@ def _rich_display(total: int | None) -> Iterator[Any]:
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
             task = progress.add_task("measuring", total=total)
 
-            def show(row: Row) -> None:
+            def show(row: Row, done: int) -> None:
                 rows.append(row)
                 text = f"{row.op} {row.passes} {row.dtype} {row.shape}"
-                progress.update(task, advance=1, description=f"{text[:48]:48}")
+                progress.update(task, completed=done, description=f"{text[:48]:48}")
 
             yield show
     finally:  # what there is, also when interrupted
