@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import importlib
 import json
 import os
 import pty
@@ -41,6 +42,7 @@ from llmops.bench import (
     report,
     resume,
 )
+from llmops.bench import table as report_table
 from llmops.bench.harness import Case, with_backward
 from llmops.bench.limits import Limits
 from llmops.cli import main
@@ -232,6 +234,7 @@ def test_bench_cases_are_distinct_and_agree(name: str) -> None:
     keys = []
     for case in cases.collect([name], quick=True):
         keys.append(str(case))
+        assert case.model or case.curve or case.op in ("overhead", "softmax"), case
         with case.setting():
             harness.check(case)
     assert keys and max(Counter(keys).values()) == 1, Counter(keys).most_common(1)
@@ -243,6 +246,22 @@ def test_bench_whole_model_agrees_with_plain_pytorch() -> None:
         harness.check(case)
         passes.append(case.passes)
     assert passes == 2 * ["prefill", "decode", "train", "generate"]
+
+
+def test_bench_has_the_models_shapes_and_names_them() -> None:
+    """Not computed, only made: two of the shapes are of gigabytes, so by the modules' tables."""
+    tables = [
+        str(vars(importlib.import_module(f"llmops.bench.cases.{name}"))[table])
+        for name, table in (("rms_norm", "SHAPES"), ("swiglu", "SHAPES"), ("rope", "SHAPES"),
+                            ("attention", "PREFILL"), ("linear", "WEIGHTS"))
+    ]  # fmt: skip
+    for table in tables:
+        assert "Gemma" in table and "Llama 3 8B" in table and "SmolLM2" in table, table
+    found = {str(c): c.model for c in cases.collect(["gelu", "layer_norm"], True)}
+    assert {"BERT, GPT-2"} == set(found.values())
+    shown = row(1, 2)
+    shown.model = "BERT"
+    assert "8 (BERT)" in "".join(report_table.table([shown]))
 
 
 @pytest.mark.parametrize("engine", ["xllamacpp", "ctranslate2"])

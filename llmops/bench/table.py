@@ -10,7 +10,12 @@ from typing import Any
 from llmops.bench.measure import OURS, TORCH, Row
 
 HEAD = ("op", "pass", "dtype", "shape", "ours us", "torch us", "ratio", "±", "rate", "limit")
-WIDTHS = (16, 9, 9, 30, 10, 10, 7, 5, 15, 9)
+WIDTHS = (20, 9, 9, 42, 10, 10, 7, 5, 15, 9)
+
+
+def shape_of(row: Row) -> str:
+    """The shape, and the model that has it."""
+    return row.shape if row.model in row.shape else f"{row.shape} ({row.model})"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -20,7 +25,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.op,
         row.passes,
         row.dtype,
-        row.shape,
+        shape_of(row),
         "no number" if row.ours_us is None else f"{row.ours_us:.1f}",
         "–" if row.torch_us is None else f"{row.torch_us:.1f}",
         "–" if row.ratio is None else f"{row.ratio:.2f}x",
