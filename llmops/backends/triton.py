@@ -22,8 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
-    "cross_entropy": "forward, backward",
     "attention_kvcache": "forward",
+    "cross_entropy": "forward, backward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
@@ -42,10 +42,10 @@ PASSES: dict[str, str] = {
 _FILES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "attention_kvcache": "attention_kvcache",
     "cross_entropy": "cross_entropy",
     "cross_entropy_bwd": "cross_entropy",
     "cross_entropy_bwd_": "cross_entropy",
-    "attention_kvcache": "attention_kvcache",
     "embedding": "embedding",
     "embedding_bwd": "embedding",
     "geglu": "swiglu",

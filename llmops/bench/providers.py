@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -88,12 +89,8 @@ def _backends(case: Case) -> Iterator[Provider]:
 
 
 def _derived(name: str, parts: Parts, function: Callable[..., Any]) -> Provider:
-    """The same pass over another function; making a backward's graph runs it, which may fail."""
-    try:
-        return Provider(name, with_backward(parts.passes, function, parts.inputs))
-    except Exception as error:  # a compiler or a foreign kernel: anything may come
-        line = (str(error).strip().splitlines() or [""])[0][:120]
-        return Provider(name, None, note=f"fails: {type(error).__name__}: {line}")
+    """The same pass over another function."""
+    return Provider(name, with_backward(parts.passes, function, parts.inputs))
 
 
 def _compiled(case: Case, backend: str = "inductor", name: str = "torch.compile") -> Iterator[Any]:
@@ -151,6 +148,15 @@ def availability() -> dict[str, str]:
     return states
 
 
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    found = {}
+    for name, (_, install, _) in PEERS.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(install.split()[2])
+    return found
+
+
 def _peers(case: Case) -> Iterator[Provider]:
     from llmops.bench import peers
 
@@ -166,7 +172,7 @@ def _peers(case: Case) -> Iterator[Provider]:
         except peers.Absent as absent:
             yield Provider(name, None, note=str(absent))
             continue
-        except Exception as error:  # see _derived
+        except Exception as error:  # another project's code may fail in any way; it is shown
             yield Provider(name, None, note=f"fails: {type(error).__name__}: {str(error)[:120]}")
             continue
         if call is not None:
