@@ -69,10 +69,10 @@ _FILES = {
 }
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {
+    "attention_kvcache": ("gradient of alibi_slopes",),
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
-_MISSING: dict[str, tuple[str, ...]] = {"attention_kvcache": ("gradient of alibi_slopes",)}
 
 
 def available() -> str | None:

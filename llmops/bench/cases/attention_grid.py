@@ -2,10 +2,11 @@
 not, 512 to 16k tokens, batch x tokens constant.
 
 There, and here on a GPU, the model is 2048 wide (32 or 16 heads) and batch x tokens 16k, 16-bit;
-for a CPU it is 128 wide (2 heads of 64, 1 of 128) with batch x tokens 2k, more where one sequence is
-longer. Each sequence and head is computed by itself, so that the rate is the same, and the rest only
-takes longer: that grid once is 90 TFLOP, and measured (two providers, seven calls each) six hours at
-the 56 GFLOP/s of one core. Operations as there: 4 B H T^2 D, halved if causal; backward 2.5 times.
+for a CPU it is 128 wide (2 heads of 64, 1 of 128) with batch x tokens 2k, more where one sequence
+is longer. Each sequence and head is computed by itself, so that the rate is the same, and the rest
+only takes longer: that grid once is 90 TFLOP, and measured (two providers, seven calls each) six
+hours at the 56 GFLOP/s of one core. Operations as there: 4 B H T^2 D, halved if causal; backward
+2.5 times that.
 """
 
 from __future__ import annotations
