@@ -30,6 +30,12 @@ NONE, MEAN, SUM = 0, 1, 2
 
 
 @triton.jit
+def _fp64(number):
+    """A kernel's number in fp64; a Python float (the interpreter's) would be narrowed to fp32."""
+    return tl.full([], number, tl.float64)
+
+
+@triton.jit
 def _targets(target, row, rows, n, ignore_index):
     """The targets of the rows, which of them count, and which of those have a class."""
     t = tl.load(target + row, mask=row < rows, other=0).to(tl.int64)
@@ -55,8 +61,8 @@ def _place(row, size_b, size_c, x_a, x_b, x_c):
 @triton.jit
 def cross_entropy_fwd_kernel(
     x, target, weight, losses, lse, rows, n, size_b, size_c, x_a, x_b, x_c, x_n, ignore_index,
-    smoothing, uniform, z_loss, SMOOTH: tl.constexpr, ROWWISE: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, LANES: tl.constexpr,
+    smoothing: tl.float64, uniform: tl.float64, z_loss: tl.float64, SMOOTH: tl.constexpr,
+    ROWWISE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """ROWWISE: losses of the rows as they are returned; else in fp64 and without z lse^2."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -97,11 +103,11 @@ def cross_entropy_fwd_kernel(
     if SMOOTH:
         gap += seen * (shift - tl.where(top == -float("inf"), 0.0, top))
         spread = tl.sum(gap, 1).to(tl.float64) + tl.sum(seen, 1).to(tl.float64) * log_sum
-        loss = (1.0 - smoothing) * loss + uniform * spread
+        loss = (1.0 - _fp64(smoothing)) * loss + _fp64(uniform) * spread
     loss = tl.where(valid, loss, float("nan"))
     row_lse = tl.where(valid, row_lse, float("nan"))
     if ROWWISE:
-        loss = (loss + z_loss * row_lse * row_lse).to(tl.float32)
+        loss = (loss + _fp64(z_loss) * row_lse * row_lse).to(tl.float32)
     loss = tl.where(kept, loss, 0.0)
     tl.store(losses + row, loss.to(losses.dtype.element_ty), mask=row < rows)
     tl.store(lse + row, tl.where(kept, row_lse, 0.0), mask=row < rows)
@@ -109,8 +115,8 @@ def cross_entropy_fwd_kernel(
 
 @triton.jit
 def cross_entropy_reduce_kernel(
-    losses, lse, target, weight, loss, rows, n, ignore_index, z_loss, MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    losses, lse, target, weight, loss, rows, n, ignore_index, z_loss: tl.float64,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: the sum or the mean of the rows' losses, and z times that of lse^2."""
     first = tl.arange(0, BLOCK).to(tl.int64)
@@ -132,7 +138,7 @@ def cross_entropy_reduce_kernel(
     if MEAN:
         result = result / tl.sum(weights, 0)
         square = square / tl.sum(count, 0)
-    result = (result + z_loss * square).to(tl.float32)
+    result = (result + _fp64(z_loss) * square).to(tl.float32)
     tl.store(loss, result.to(loss.dtype.element_ty))
 
 
@@ -163,8 +169,8 @@ def cross_entropy_scales_kernel(
 
 
 @triton.jit
-def _expm1(d, e):
-    """exp(d) - 1 for d <= 0 or a rounding above it, e = exp(d): no cancellation near 0."""
+def _expm1(d):
+    """exp(d) - 1 for d from -1/2 to a rounding above 0: its series, as far as fp32 sees it."""
     series = 1.0 + d * (1.0 / 8)
     series = 1.0 + d * (1.0 / 7) * series
     series = 1.0 + d * (1.0 / 6) * series
@@ -172,14 +178,14 @@ def _expm1(d, e):
     series = 1.0 + d * (1.0 / 4) * series
     series = 1.0 + d * (1.0 / 3) * series
     series = 1.0 + d * (1.0 / 2) * series
-    return tl.where(d > -0.5, d * series, e - 1.0)
+    return d * series
 
 
 @triton.jit
 def cross_entropy_bwd_kernel(
     grad, grad_lse, x, target, weight, lse, scales, dx, rows, n, size_b, size_c, x_a, x_b, x_c,
-    x_n, ignore_index, smoothing, uniform, z_loss, SMOOTH: tl.constexpr, ROWWISE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_n, ignore_index, smoothing: tl.float64, uniform: tl.float64, z_loss: tl.float64,
+    SMOOTH: tl.constexpr, ROWWISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile [ROWS, BLOCK]; a program reads no element of x but its own, for dx may be x. scales:
     of cross_entropy_scales_kernel; None for ones, where the sum of the weights is not needed."""
@@ -188,7 +194,7 @@ def cross_entropy_bwd_kernel(
     row = (program // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     column = (program % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
     t, kept, valid = _targets(target, row, rows, n, ignore_index)
-    # x - lse in two steps: fp32 alone drops up to half an ulp of lse, a factor of every result.
+    # What fp32 drops of lse is a factor of all exponentials, 1 - low: it goes into a.
     exact = tl.load(lse + row, mask=valid, other=0.0)
     high = exact.to(tl.float32)
     low = (exact - high.to(tl.float64)).to(tl.float32)
@@ -200,33 +206,36 @@ def cross_entropy_bwd_kernel(
         per_loss = g * tl.load(scales)
         per_row = g * tl.load(scales + 1)
     own = _weight_of(weight, t, valid).to(tl.float64)
-    rest = 2.0 * z_loss * per_row * exact  # the gradient that comes through lse alone
+    rest = 2.0 * _fp64(z_loss) * per_row * exact  # the gradient that comes through lse alone
     if grad_lse is not None:
         rest += tl.load(grad_lse + row, mask=valid, other=0.0)
-    a = per_loss * (1.0 - smoothing) * own + rest
-    c = per_loss * uniform
+    b = per_loss * (1.0 - _fp64(smoothing)) * own
+    a = b + rest
+    c = per_loss * _fp64(uniform)
     if SMOOTH:
-        spread = per_loss * smoothing  # c times the sum of all weights
+        spread = per_loss * _fp64(smoothing)  # c times the sum of all weights
         if weight is not None:
             spread = c * tl.load(scales + 2)
         a += spread
         rest += spread - c * own
+    scale = (a * (1.0 - low.to(tl.float64))).to(tl.float32)
     a = a.to(tl.float32)
+    b = b.to(tl.float32)
     c = c.to(tl.float32)
     rest = rest.to(tl.float32)
     inside = (row < rows) & (column < n)
     begin = _place(row, size_b, size_c, x_a, x_b, x_c)
     z = tl.load(x + begin + column * x_n, mask=inside & valid, other=0.0).to(tl.float32)
-    d = (z - high) - low
-    e = tl.exp(d)
-    value = a * e
+    d = z - high
+    value = scale * tl.exp(d)
     if SMOOTH:
         if weight is None:
             value -= c
         else:
             value -= c * tl.load(weight + column, mask=column < n, other=0.0)
     # a e - b - c w = a (e - 1) + rest: where the model is sure, e is 1 but for its rounding.
-    value = tl.where(column == t, a * _expm1(d, e) + rest, value)
+    at_target = tl.where(d > -0.5, a * _expm1(d - low) + rest, value - b)
+    value = tl.where(column == t, at_target, value)
     value = tl.where(kept, tl.where(valid, value, float("nan")), 0.0)
     tl.store(dx + row * n + column, value.to(dx.dtype.element_ty), mask=inside)
 
