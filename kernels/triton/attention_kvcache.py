@@ -163,6 +163,8 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
     amd = _launch.architecture().startswith("gfx")
     block_m = 16 if rows <= 16 else 32 if rows <= 32 or dim > 128 or wide else 64
     block_n = (32 if wide else 64) if dim <= 128 else 16 if wide else 32
+    if wide and modified:
+        block_n = 16
     if amd:  # the masks of every row take scalar registers
         block_m = min(block_m, 16 if modified else 32)
         block_n = 16 if wide or modified or rows > 16 else 32
