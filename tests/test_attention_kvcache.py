@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -141,6 +142,37 @@ def test_attention_kvcache_gradients_are_those_of_the_reference() -> None:
         results.append(torch.autograd.grad(out.square().sum(), tensors))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_attention_kvcache_of_triton_gives_nan_out_of_range() -> None:
+    """Nothing raises there: what cannot be read gives NaN, in its sequence and its queries only."""
+    q, pages = torch.randn(2, 4, 2, 8), torch.randn(6, 2, 4, 8)
+    k = torch.randn(2, 2, 20, 8)
+
+    def call(*arguments: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found = llmops.attention_kvcache(
+            q, *arguments, causal=True, return_lse=True, backend="triton", **kwargs
+        )
+        return found  # type: ignore[return-value]
+
+    want = call(k, k, torch.tensor([7, 20]))
+    for lengths, pads in (([7, 21], [0, 0]), ([7, -1], [0, 0]), ([7, 20], [0, 21]),
+                          ([7, 2**40], [0, 0]), ([7, 20], [0, -1])):  # fmt: skip
+        got = call(k, k, torch.tensor(lengths), cache_leftpad=torch.tensor(pads))
+        for a, b in zip(got, want, strict=True):
+            assert bool(a[1].isnan().all())
+            torch.testing.assert_close(a[0], b[0])
+    table = torch.tensor([[0, 1], [2, 4]])
+    want = call(pages, pages, torch.tensor([8, 5]), block_table=table)
+    for bad in (6, -1, 2**40):
+        table[1, 1] = bad
+        got = call(pages, pages, torch.tensor([8, 5]), block_table=table)
+        for a, b in zip(got, want, strict=True):
+            # Row 4 is the last query's only: the one before it does not see that block.
+            assert bool(a[1, :, 1].isnan().all())
+            torch.testing.assert_close(a[0], b[0])
+            torch.testing.assert_close(a[1, :, 0], b[1, :, 0])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -86,14 +86,15 @@ def attention_kvcache_fwd_kernel(
     for begin in range(low, high, BLOCK_N):
         key = begin + tl.arange(0, BLOCK_N)
         inside = key < high
-        where = start + key
+        where = (start + key).to(tl.int32)
         there = inside
         in_block = b
         if PAGED:
-            entry = table + b * table_b + where // page * table_i
+            entry = table + b * table_b + (where // page).to(tl.int64) * table_i
             in_block = tl.load(entry, mask=inside, other=0).to(tl.int64)
             there = inside & (in_block >= 0) & (in_block < blocks)
             where = where % page
+        where = where.to(tl.int64)
         rows = k + kv_head * k_h + in_block * k_b + where * k_t
         y = tile.rows_of(rows[:, None], there[:, None], 0, DIM, D, True)
         s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
@@ -163,6 +164,8 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
     amd = _launch.architecture().startswith("gfx")
     block_m = 16 if rows <= 16 else 32 if rows <= 32 or dim > 128 or wide else 64
     block_n = (32 if wide else 64) if dim <= 128 else 16 if wide else 32
+    if wide and modified:
+        block_n = 16
     if amd:  # the masks of every row take scalar registers
         block_m = min(block_m, 16 if modified else 32)
         block_n = 16 if wide or modified or rows > 16 else 32
@@ -212,7 +215,8 @@ def attention_kvcache(
     if lse.numel() == 0:
         return out, lse
     q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
-    capacity = page * (1 if block_table is None else block_table.shape[1])
+    # Rows of a sequence are counted in 32 bits, whose division is cheap.
+    capacity = min(page * (1 if block_table is None else block_table.shape[1]), 2**31 - 1)
     # Bounds as wide as all there is are none.
     left = window_left if window_left < queries + capacity else -1
     right = 0 if causal else window_right if window_right < queries + capacity else -1
