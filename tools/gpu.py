@@ -39,7 +39,7 @@ STATE = ROOT / "build" / "gpu"
 LEAST = 20.0  # seconds: with less left no unit is begun
 MAX_FAILURES = 10  # of one test process: after an illegal access every later test fails
 VERDICT = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
-BEGUN = re.compile(r"^(\S+::\S.*?) ?$", re.MULTILINE)
+BEGUN = re.compile(r"^(\S+::(?:.*?\]|\w+))(?= |$)", re.MULTILINE)  # more may be on its line
 ENDED = ("passed", "failed", "killed")
 
 
@@ -122,7 +122,7 @@ def go(stage: Stage, end: float, out: Path, keep: bool = False) -> dict[str, Any
     """Runs what the stage still lacks until its own time or `end` (time.monotonic) is up."""
     record, here = load(stage.name), tree()
     end = min(end, time.monotonic() + 60 * stage.minutes)
-    kept = {n: u for n, u in record["units"].items() if keep or u["tree"] == here}
+    kept = {n: u for n, u in record["units"].items() if keep or u.get("tree") == here}
     units = stage.units()
     # In the stage's order; one that no run has begun is "pending".
     done = {u.name: kept.get(u.name, {"state": "pending", "seconds": 0.0}) for u in units}
