@@ -368,8 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
         [s for s in STAGES if s.name in chosen], options.minutes, options.out, options.keep
     )
     if options.commit:
-        device = "-".join(torch.cuda.get_device_name().lower().split())
-        file = ROOT / "benchmarks" / "results" / f"cuda-{device}.json"
+        from llmops.bench.machine import machine_class
+
+        here = {"gpu": torch.cuda.get_device_name()}
+        file = ROOT / "benchmarks" / "results" / f"{machine_class(here, 'cuda')}.json"
         file.write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {file}")
     states = {name: stage["state"] for name, stage in found["stages"].items()}
