@@ -1,6 +1,6 @@
 # make demo   environment, install, real text from a real model, tokens/s, a table of op speeds
 # make test   the whole test suite in the same environment (make test-all is another name of it);
-#             make test-emulated: AVX-512 without it
+#             make test-emulated: AVX-512 without it; make gpu: on a CUDA GPU, benchmarks, too
 # make lint   ruff, mypy, clang-format        make bench  the benchmark suite
 # make ci     what continuous integration runs: lint, CUDA build, tests of all ops with a part of the
 #             conformance kit that rotates from commit to commit
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part lint format bench results ci cuda packaging clean
+.PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -58,6 +58,12 @@ aot: install build/triton-$(OLDEST_TRITON)/triton
 	--target sm_80 --target sm_90 $(AOT)
 aot-part:
 	$(MAKE) aot AOT="$(AOT_OPS) --part head/$(AOT_PARTS)"
+
+# On a machine with a CUDA GPU, with its own Python and torch, no network, ten minutes: install, tests,
+# benchmarks; call it again and it goes on. GPU="--stages bench --minutes 5" and so on.
+GPU ?=
+gpu:
+	$(PYTHON) tools/gpu.py $(GPU)
 
 test-quick: install
 	$(BIN)/python -m pytest -m "not slow"

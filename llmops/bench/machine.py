@@ -117,8 +117,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def machine_class(machine: dict[str, Any]) -> str:
-    """The name of the committed result's file."""
-    if "gpu" in machine:
+def machine_class(machine: dict[str, Any], device: str = "cpu") -> str:
+    """The name of the committed result's file: of the CPU, though there be a GPU beside it."""
+    if device == "cuda":
         return "cuda-" + "-".join(str(machine["gpu"]).lower().split())
     return f"cpu-{str(machine['isa']).replace('_', '-')}-{machine['cores']}core"

@@ -103,7 +103,8 @@ def _checked(case: Case, provider: Provider, want: Any) -> Result:
     try:
         with provider.setting(), warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", FallbackWarning)
-            dispatch._warned.clear()  # it warns once of each reason
+            dispatch._table.clear()  # it decides once, and warns once of each reason
+            dispatch._warned.clear()
             compare(case, outcome(case, provider.call), want)
     except Wrong as wrong:
         return Result(provider.name, note=f"WRONG: {wrong}")
