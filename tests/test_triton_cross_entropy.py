@@ -16,8 +16,9 @@ HOW: tuple[Any, ...] = (-100, 0.1, 0.0, 0)
 
 
 def test_triton_cross_entropy_blocks_in_place_and_out_of_range() -> None:
-    from llmops.backends import triton
     from llmops.kernels.triton import _config
+
+    from llmops.backends import triton
 
     x, weight, grad = torch.randn(5, 75) * 4, torch.rand(75), torch.randn(5)
     ids = torch.tensor([0, -100, 74, 75, 40])
