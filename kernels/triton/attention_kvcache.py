@@ -161,15 +161,19 @@ def attention_combine_kernel(
 def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection. dim: the larger head dimension; wide: fp32;
     modified: more than a causal bound."""
-    amd = _launch.architecture().startswith("gfx")
+    architecture = _launch.architecture()
+    amd = architecture.startswith("gfx")
     block_m = 16 if rows <= 16 else 32 if rows <= 32 or dim > 128 or wide else 64
     block_n = (32 if wide else 64) if dim <= 128 else 16 if wide else 32
-    if wide and modified:
+    small = wide and (modified or (dim > 64 and rows > 16))  # products in fp32 take registers
+    if small:
         block_n = 16
+    elif block_m == 64 and dim > 64 and architecture != "sm90":
+        block_n = 32
     if amd:  # the masks of every row take scalar registers
         block_m = min(block_m, 16 if modified else 32)
         block_n = 16 if wide or modified or rows > 16 else 32
-    stages = 1 if amd or dim > 128 or (wide and modified) else 2
+    stages = 1 if amd or dim > 128 or small else 2
     warps = 8 if dim > 128 or modified or (wide and dim > 64) or (amd and rows > 16) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
