@@ -6,6 +6,7 @@ where that is how they are used.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -124,15 +125,38 @@ def test_sdist_is_complete(artifacts: Path) -> None:
     assert wanted <= names, wanted - names
 
 
+@pytest.fixture(scope="module")
+def from_wheel(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment with the wheel in it, installed where there is no compiler."""
+    (wheel,) = artifacts.glob("*.whl")
+    folder = tmp_path_factory.mktemp("no-compiler")
+    python = new_environment(folder / "env")
+    run(python, "-m", "pip", "install", TORCH, wheel, cwd=folder, **no_compiler(python))
+    return python
+
+
+def no_compiler(python: Path) -> dict[str, str]:
+    return {"PATH": str(python.parent), "CXX": "/bin/false", "CC": "/bin/false"}
+
+
 def test_wheel_is_abi3_and_works_without_a_compiler(
-    artifacts: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    artifacts: Path, from_wheel: Path, tmp_path: Path
 ) -> None:
     (wheel,) = artifacts.glob("*.whl")
     assert "cp310-abi3-linux" in wheel.name, wheel.name
-    python = new_environment(tmp_path_factory.mktemp("no-compiler") / "env")
-    paths = {"PATH": str(python.parent), "CXX": "/bin/false", "CC": "/bin/false"}
-    run(python, "-m", "pip", "install", TORCH, wheel, cwd=tmp_path, **paths)
-    assert "site-packages" in run(python, "-c", USE, cwd=tmp_path, **paths)
+    used = run(from_wheel, "-c", USE, cwd=tmp_path, **no_compiler(from_wheel))
+    assert "site-packages" in used
+
+
+def test_bench_runs_from_an_installed_wheel(from_wheel: Path, tmp_path: Path) -> None:
+    """In plain lines, as rich is not there either."""
+    options = ("softmax", "--quick", "--seconds", "0.01", "--json", "r.json", "--html", "r.html")
+    run(from_wheel.parent / "llmops", "bench", *options, cwd=tmp_path, **no_compiler(from_wheel))
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = result["runs"][0]["rows"]
+    assert rows and all(row["ours_us"] and row["torch_us"] for row in rows)
+    assert result["machine"]["commit"] is None  # no source tree, no commit
+    assert "<svg" in (tmp_path / "r.html").read_text()
 
 
 def test_editable_without_isolation(bare: Path, tree: Path, tmp_path: Path) -> None:

@@ -113,16 +113,21 @@ def _model_lines(plain: list[Row]) -> list[str]:
         "",
         "Whole models of random weights, matrix products by torch on both sides:",
         "",
-        "| model | pass | dtype | ms, ours | ms, plain PyTorch | ratio |",
-        "|---|---|---|---|---|---|",
+        "| model | pass | dtype | ms, ours | ms, plain PyTorch | tokens/s, ours | "
+        "tokens/s, plain PyTorch | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ours, theirs = row["ours_us"] / 1e3, row["torch_us"] / 1e3
-        lines.append(
-            f"| {row['shape']} | {row['passes']} | {row['dtype']} | {ours:.1f} | {theirs:.1f} | "
-            f"{row['ratio']:.2f}x |"
-        )
+        sides = (row["ours_us"], row["torch_us"])
+        cells = [row["shape"], row["passes"], row["dtype"], *(f"{us / 1e3:.1f}" for us in sides)]
+        cells += [_tokens_per_s(row, us) for us in sides]
+        lines.append(f"| {' | '.join(cells)} | {row['ratio']:.2f}x |")
     return lines
+
+
+def _tokens_per_s(row: Row, us: float) -> str:
+    tokens = row.get("tokens")  # results of early commits do not say
+    return f"{tokens / us * 1e6:.1f}" if tokens else "–"
 
 
 def schemas() -> str:

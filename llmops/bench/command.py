@@ -29,7 +29,7 @@ from llmops.bench.resume import Kept
 
 FORMAT = 2
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-QUICK_MINUTES = 1.4  # of rows; with the start and the limits, below two
+QUICK_MINUTES = 1.5  # of limits and rows; with the start and the last row, below two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,11 +165,12 @@ def _run_here(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     seconds = arguments.seconds or (0.15 if quick else 0.6)
     minutes = arguments.minutes or (QUICK_MINUTES if quick else None)
     huge = os.environ.get(HUGE_PAGES) == "1"
+    start = time.monotonic()
     limits = Limits(arguments.device)
     kind = ", torch with huge pages" if huge else ""
     print(f"{threads} thread{'s' if threads > 1 else ''}{kind}", flush=True)
     rows: list[measure.Row] = []
-    start, skipped, measured = time.monotonic(), 0, 0
+    skipped = measured = 0
     kept = _kept(arguments, threads, huge, seconds)
     names = arguments.ops or cases.names()
     with table.display(len(names), arguments.plain) as show:

@@ -31,9 +31,10 @@ text{fill:var(--ink)}.tick{fill:var(--soft);font-size:11px}.title{font-weight:60
 .float16{fill:var(--d);stroke:var(--d)}rect{stroke:none!important}
 circle.torch,circle[class~=torch]{fill:var(--page)}.curve.torch{stroke-dasharray:4 3}
 .limit{stroke:var(--c);stroke-width:1.5;stroke-dasharray:7 3}
-.thp{opacity:.5}.charts{display:flex;flex-wrap:wrap;gap:14px}
-.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 1em;border-radius:2px}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;width:100%}
+.wide svg{min-width:600px}.charts{display:flex;flex-wrap:wrap;gap:14px}
+.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 0;border-radius:2px}
+.key~.key{margin-left:1em}
+.scroll,.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;width:100%}
 th{text-align:left;color:var(--soft);font-weight:600}
 td,th{padding:.18rem .55rem;border-bottom:1px solid var(--rule);white-space:nowrap}
 .n{text-align:right;font-variant-numeric:tabular-nums}.bad{color:var(--bad)}
@@ -55,7 +56,7 @@ def html(result: dict[str, Any]) -> str:
         _apart(first, "model", "Whole models", "ms", 1e3),
         _apart(first, "overhead", "What one call costs", "µs", 1.0),
         _memory(result.get("memory", [])),
-        _peers(result.get("peers", {})),
+        _peers(result.get("peers", {}), result.get("peer_versions", {})),
         "".join(_all_rows(run, rows) for run, rows in runs),
     ]
     return (
@@ -90,11 +91,20 @@ def _head(result: dict[str, Any]) -> str:
         "<h1>llmops beside PyTorch</h1><p>Each provider's values and gradients were compared with "
         "torch's before anything was timed; all ran in rotating order in one process; medians. "
         f"Limits are measured in the same run.</p><table>{cells}</table>"
-        '<p>Colours: <span class="key" style="background:var(--a)"></span>float32'
-        '<span class="key" style="background:var(--b)"></span>bfloat16'
-        '<span class="key" style="background:var(--d)"></span>float16. Filled points and full '
-        "lines are ours, hollow points and broken lines torch's; grey is the machine's limit.</p>"
     )
+
+
+def _key(points: bool = True) -> str:
+    """What the colours, and the marks of charts with points, mean."""
+    colours = "".join(
+        f'<span class="key" style="background:var(--{letter})"></span>{dtype}'
+        for dtype, letter in (("float32", "a"), ("bfloat16", "b"), ("float16", "d"))
+    )
+    marks = (
+        ". Filled points and full lines: llmops. Hollow points and broken lines: torch. Broken "
+        "grey: the machine's limit."
+    )
+    return f"<p>{colours}{marks if points else ''}</p>"
 
 
 def _ratios(runs: Sequence[tuple[dict[str, Any], list[Row]]]) -> str:
@@ -110,12 +120,14 @@ def _ratios(runs: Sequence[tuple[dict[str, Any], list[Row]]]) -> str:
             for name, group in found.items()
         ]
         if groups:
-            parts.append(f"<h3>{_run_name(run)}</h3>{bars(groups, 'Times as fast as PyTorch')}")
+            chart = bars(groups, f"Times as fast as PyTorch, {_run_name(run)}")
+            parts.append(f'<h3>{_run_name(run)}</h3><div class="wide">{chart}</div>')
     if not parts:
         return ""
     return (
         "<h2>Times as fast as PyTorch</h2><p>Bars: median over the measured shapes. Lines through "
-        f"them: slowest to fastest shape. Left of 1x PyTorch is faster.</p>{''.join(parts)}"
+        "them: slowest to fastest shape. Left of 1x PyTorch is faster.</p>"
+        + "".join([_key(False), *parts])
     )
 
 
@@ -143,14 +155,16 @@ def _roofline(run: dict[str, Any], rows: Iterable[Row]) -> str:
     every = [r for rows in dots.values() for r in rows]
     low = min(r.flops / r.bytes for r in every) / 2
     high = max(r.flops / r.bytes for r in every) * 2
-    series = []
-    for dtype in dots:
-        peak = limits.get(f"flops_{dtype}_gflops")
-        if peak:
-            knee = peak / limits["read_gbs"]
-            ends = [x for x in (low, knee, high) if low <= x <= high]
-            line = [(x, min(peak, x * limits["read_gbs"])) for x in ends]
-            series.append(Series(f"limit {dtype}", line, "limit"))
+    series: list[Series] = []
+    peaks: dict[float, list[str]] = {}
+    for dtype in dots:  # 16-bit types without a product of their own have fp32's limit
+        if peak := limits.get(f"flops_{dtype}_gflops"):
+            peaks.setdefault(peak, []).append(dtype)
+    for peak, dtypes in peaks.items():
+        knee = peak / limits["read_gbs"]
+        ends = [x for x in (low, knee, high) if low <= x <= high]
+        line = [(x, min(peak, x * limits["read_gbs"])) for x in ends]
+        series.append(Series(f"{', '.join(dtypes)}: {peak:.0f} GFLOP/s", line, "limit"))
     for dtype, members in dots.items():
         for who in (OURS, TORCH):
             points, notes = [], []
@@ -161,11 +175,11 @@ def _roofline(run: dict[str, Any], rows: Iterable[Row]) -> str:
                     notes.append(f"{who}: {r.op} {r.passes} {r.dtype} {r.shape}")
             style = dtype if who == OURS else f"{dtype} torch"
             series.append(Series(f"{who} {dtype}", points, style, False, notes))
-    chart = plot(series, "Roofline", "flops per byte", "GFLOP/s", (900, 420))
+    chart = plot(series, _run_name(run), "flops per byte", "GFLOP/s", (700, 400))
     return (
         "<h2>Roofline</h2><p>Work whose flops and bytes are both counted: attention, matrix "
         "products and whole models. Broken grey: read bandwidth on the slope, multiply-add rate "
-        f"of each dtype on the flat, on {_run_name(run)}.</p>{chart}"
+        f'of each dtype on the flat.</p>{_key()}<div class="wide">{chart}</div>'
     )
 
 
@@ -179,7 +193,8 @@ def _bandwidth(run: dict[str, Any], rows: Iterable[Row]) -> str:
         return ""
     sizes = [r.bytes for rows in dots.values() for r in rows]
     ends = (min(sizes) / 2, max(sizes) * 2)
-    series = [Series("copy", [(x, limits["copy_gbs"]) for x in ends], "limit")]
+    copy = f"copy: {limits['copy_gbs']:.1f} GB/s"
+    series = [Series(copy, [(x, limits["copy_gbs"]) for x in ends], "limit")]
     for dtype, members in dots.items():
         for who in (OURS, TORCH):
             got = [(r, r.ours_us if who == OURS else r.torch_us) for r in members]
@@ -187,10 +202,11 @@ def _bandwidth(run: dict[str, Any], rows: Iterable[Row]) -> str:
             notes = [f"{who}: {r.op} {r.passes} {r.dtype} {r.shape}" for r, us in got if us]
             style = dtype if who == OURS else f"{dtype} torch"
             series.append(Series(f"{who} {dtype}", points, style, False, notes))
-    chart = plot(series, "Bandwidth", "bytes moved at least", "GB/s", (900, 420))
+    chart = plot(series, _run_name(run), "bytes moved at least", "GB/s", (700, 400))
     return (
         "<h2>Bandwidth</h2><p>Work that memory bounds. Grey: copy bandwidth of memory; what fits a "
-        f"cache can be above it, and what is tiny is all call overhead.</p>{chart}"
+        f"cache can be above it, and what is tiny is all call overhead.</p>{_key()}"
+        f'<div class="wide">{chart}</div>'
     )
 
 
@@ -219,10 +235,11 @@ def _curves(rows: Iterable[Row]) -> str:
                 style = dtype if who == OURS else f"{dtype} torch"
                 series.append(Series(f"{who} {dtype}", points, style))
         over = name.split(" over ", 1)[1]
+        over = {"T": "sequence length T"}.get(over, over)
         charts.append(plot(series, name, over, unit, x_base=4 if "rows" in over else 2))
     if not charts:
         return ""
-    return f'<h2>Scaling</h2><div class="charts">{"".join(charts)}</div>'
+    return f'<h2>Scaling</h2>{_key()}<div class="charts">{"".join(charts)}</div>'
 
 
 def _grid(rows: Iterable[Row]) -> str:
@@ -288,15 +305,16 @@ def _memory(rows: Iterable[dict[str, Any]]) -> str:
     head = '<tr><th>op<th>pass<th>dtype<th>shape<th class="n">ours, MiB<th class="n">torch, MiB'
     return (
         "<h2>Peak memory of one call</h2><p>How far the resident set rises, results and scratch "
-        f"included, inputs not.</p><table>{head}{''.join(lines)}</table>"
+        f"included, inputs not.</p><div class='scroll'><table>{head}{''.join(lines)}</table></div>"
     )
 
 
-def _peers(states: dict[str, str]) -> str:
+def _peers(states: dict[str, str], versions: dict[str, str]) -> str:
     if not states:
         return ""
     lines = (
-        f"<li><b>{escape(n)}</b>: {escape(s or 'took part where it has the op')}"
+        f"<li><b>{escape(n)}</b> {escape(versions.get(n, ''))}: "
+        + escape(s or "took part where it has the op")
         for n, s in states.items()
     )
     return f"<h2>Other libraries</h2><ul>{''.join(lines)}</ul>"

@@ -70,14 +70,14 @@ class Log:
         return [t for t in found if self.low <= t <= self.high]
 
 
-def bars(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, width: float = 900) -> str:
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, width: float = 700) -> str:
     """Horizontal bars from 1x, to the right where above, on a logarithmic axis; whiskers from low
     to high."""
-    left, bar, gap, top = 190.0, 13.0, 9.0, 24.0
+    left, bar, gap, top = 205.0, 13.0, 9.0, 24.0
     rows = sum(len(bars) for _, bars in groups)
     height = top + rows * bar + len(groups) * gap + 8
     everything = [v for _, bars in groups for b in bars for v in (b.low, b.high, b.value)]
-    x = Log([*everything, 0.8, 1.5], left, width - 70)
+    x = Log([*everything, 0.8, 1.5], left, width - 50)
     parts = [_open(width, height, title)]
     for tick in x.ticks():
         parts.append(_line(x(tick), top - 6, x(tick), height, "grid"))
@@ -120,27 +120,29 @@ def plot(
     size: tuple[float, float] = (430, 270),
     x_base: int = 10,
 ) -> str:
-    """Logarithmic on both axes. The legend is the page's: styles mean the same in every chart."""
+    """Logarithmic on both axes. Styles mean the same in every chart, so that one legend serves all;
+    a limit's name stands at its line's end."""
     width, height = size
+    left, top, bottom = 62.0, 30.0, height - 44
     xs, ys = ([p[i] for s in series for p in s.points] for i in (0, 1))
-    x = Log(xs, 52, width - 14, x_base)
-    y = Log(ys, height - 40, 30)
-    parts = [_open(width, height, title), _text(8, 16, title, "title")]
+    x, y = Log(xs, left, width - 14, x_base), Log(ys, bottom, top)
+    parts = [_open(width, height, title), _text(left, 16, title, "title")]
     for tick in x.ticks():
-        parts.append(_line(x(tick), 30, x(tick), height - 40, "grid"))
-        parts.append(_text(x(tick), height - 26, short(tick), "tick", "middle"))
+        parts.append(_line(x(tick), top, x(tick), bottom, "grid"))
+        parts.append(_text(x(tick), bottom + 15, short(tick), "tick", "middle"))
     for tick in y.ticks():
-        parts.append(_line(52, y(tick), width - 14, y(tick), "grid"))
-        parts.append(_text(47, y(tick) + 4, short(tick), "tick", "end"))
-    parts.append(
-        _text((52 + width - 14) / 2, height - 8, f"{x_name}; up: {y_name}", "tick", "middle")
-    )
+        parts.append(_line(left, y(tick), width - 14, y(tick), "grid"))
+        parts.append(_text(left - 6, y(tick) + 4, short(tick), "tick", "end"))
+    parts.append(_text((left + width - 14) / 2, height - 8, x_name, "tick", "middle"))
+    turned = _text(0, 0, y_name, "tick", "middle")
+    parts.append(f'<g transform="translate(14 {(top + bottom) / 2:.1f}) rotate(-90)">{turned}</g>')
     for s in series:
         places = [(x(a), y(b)) for a, b in s.points]
         if s.line and len(places) > 1:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
             parts.append(f'<polyline points="{path}" class="curve {s.style}"/>')
         if "limit" in s.style:
+            parts.append(_text(places[-1][0], places[-1][1] - 5, s.name, "tick", "end"))
             continue
         notes = s.notes or [f"{s.name}: {short(a)}, {b:.3g}" for a, b in s.points]
         for (a, b), note in zip(places, notes, strict=True):

@@ -13,7 +13,7 @@ from llmops.bench.harness import Case
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Cheap and telling ones first: a run that is cut short by its time has these.
-_LAST = ("linear_cross_entropy", "model", "attention_grid")
+_LAST = ("model", "linear_cross_entropy", "attention_grid")
 
 
 def names() -> list[str]:
