@@ -352,6 +352,8 @@ def _backward_table(n: int) -> _config.Config:
     if n > LONGEST_BACKWARD:
         return {"ROWS": 2, "BLOCK": 2048, "num_warps": 8, "PER_PROCESSOR": 2}
     config = _rows.tile(n, per_thread=16)
+    if config["ROWS"] > 1:  # eight of each tile to a thread
+        config["ROWS"] //= 2
     elements = config["ROWS"] * config["BLOCK"]
     small = elements <= 4096
     return {**config, "HOLD": elements <= 2048, "STAGES": 1 + small, "PER_PROCESSOR": 1 + small}
