@@ -18,15 +18,25 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES: dict[str, str] = {
+    "attention": "forward, backward",
+    "attention_varlen": "forward, backward",
+    "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
 }
 # The file of kernels/triton that has the launcher of an operator of ours, forward or backward.
 _FILES = {
+    "attention": "attention",
+    "attention_bwd": "attention_bwd",
+    "attention_varlen": "attention_varlen",
+    "attention_varlen_bwd": "attention_varlen",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
-_MISSING: dict[str, tuple[str, ...]] = {}
+_MISSING: dict[str, tuple[str, ...]] = {
+    "attention": ("gradient of alibi_slopes",),
+    "attention_varlen": ("gradient of alibi_slopes",),
+}
 
 
 def available() -> str | None:
