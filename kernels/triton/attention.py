@@ -18,11 +18,25 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton import _attention_tile as tile
+from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton._attention_tile import (
-    ADDED_MASK, ALIBI, BOOL_MASK, DROPOUT, LN2, LOG2E, NATURAL, NEGATIVE, SINKS, block_range,
-    dropped, key_range, modify_scores, product, rows_of, sequence,
+    ADDED_MASK,
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    LN2,
+    LOG2E,
+    NATURAL,
+    NEGATIVE,
+    SINKS,
+    block_range,
+    dropped,
+    key_range,
+    modify_scores,
+    product,
+    rows_of,
+    sequence,
 )  # fmt: skip
 from llmops.kernels.triton._launch import architecture, launch
 from torch import Tensor
@@ -48,7 +62,7 @@ def _attend(
             s = -s
         s = s * factor
         if CUT or ((BOOL_MASK | ADDED_MASK | ALIBI | tile.SOFTCAP) & FORM):
-            s, _ = modify_scores(
+            s, _derivative = modify_scores(
                 s, query, key, queries, keys, left, right, slope, cap, mask_rows, mask_n, FORM, CUT
             )
         new = tl.maximum(top, tl.max(s, 1))
@@ -72,8 +86,8 @@ def _attend(
 @triton.jit
 def attention_fwd_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left, right,
-    cap, below, keep_scale,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
     out, lse, out_b, out_h, out_t, lse_b, lse_h, blocks,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,

@@ -1,5 +1,5 @@
-"""Attention's gradients, in the deterministic split form: dK and dV by programs that hold a block of
-keys and loop over the queries of a group of heads, dQ by programs that hold a block of queries; the
+"""Attention's gradients, in the deterministic split form: dK and dV by programs that hold a block
+of keys and loop over the queries of a group of heads, dQ by programs that hold a block of queries; the
 gradients of an additive mask and of the sinks apart. No atomics: the same bits in every run.
 Formula: `_attention_tile.py`; seven products of 2 Tq Tk D flops per head. Dao, 2023.
 """
@@ -11,10 +11,22 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from llmops.kernels.triton import _attention_tile as tile
 from llmops.kernels.triton._attention_tile import (
-    ADDED_MASK, ALIBI, BOOL_MASK, DROPOUT, LOG2E, NATURAL, SINKS, block_range, dropped, key_range,
-    modify_scores, product, query_range, rows_of, sequence, weights_and_gradients,
+    ADDED_MASK,
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    LOG2E,
+    NATURAL,
+    SINKS,
+    dropped,
+    key_range,
+    modify_scores,
+    product,
+    query_range,
+    rows_of,
+    sequence,
+    weights_and_gradients,
 )  # fmt: skip
 from llmops.kernels.triton._launch import launch
 from llmops.kernels.triton.attention import Problem, dense, heads_like
@@ -24,8 +36,8 @@ from torch import Tensor
 @triton.jit
 def attention_prepare_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left, right,
-    cap, below, keep_scale,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
     out, dout, lse, dlse, delta, norm, dsink, out_b, out_h, out_t, dout_b, dout_h, dout_t, lse_b,
     lse_h, dlse_b, dlse_h, dlse_t, blocks,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -80,8 +92,8 @@ def attention_prepare_kernel(
                 k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, True)
                 s = product(q_tile, q_rows, alive[:, None], k_tile, k_rows, held, DIM, BLOCK_D,
                             PRECISION)  # fmt: skip
-                s, _ = modify_scores(s * scale, query, n[None, :], queries, keys, left, right,
-                                     slope, cap, mask_rows, mask_n, FORM, True)  # fmt: skip
+                s, _derivative = modify_scores(s * scale, query, n[None, :], queries, keys, left,
+                                     right, slope, cap, mask_rows, mask_n, FORM, True)  # fmt: skip
                 total += tl.sum(tl.exp2((s - log_sum[:, None]) * LOG2E), 1)
             weight = tl.where(alive, 1.0 / total, 0.0)
         tl.store(norm + at, weight, mask=m < queries)
@@ -127,8 +139,8 @@ def _gradients(
 @triton.jit
 def attention_bwd_dkdv_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left, right,
-    cap, below, keep_scale,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
     dout, lse, delta, norm, dk, dv, dout_b, dout_h, dout_t, lse_b, lse_h, dk_b, dk_h, dk_t, dv_b,
     dv_h, dv_t, blocks,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -153,7 +165,7 @@ def attention_bwd_dkdv_kernel(
     factor = scale
     if not (NATURAL & FORM):
         factor = factor * LOG2E
-    slope, mask_rows, seed_value = 0.0, mask, 0
+    seed_value = 0
     if DROPOUT & FORM:
         seed_value = tl.load(seed)
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -162,6 +174,8 @@ def attention_bwd_dkdv_kernel(
         h = g * group + member
         if ALIBI & FORM:
             slope = tl.load(slopes + b * slope_b + h * slope_h)
+        else:
+            slope = 0.0
         for start in range(low // BLOCK_M * BLOCK_M, high, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             at = b * lse_b + h * lse_h + q_start + m
@@ -174,9 +188,11 @@ def attention_bwd_dkdv_kernel(
             g_rows = dout + b * dout_b + h * dout_h + (q_start + m)[:, None] * dout_t
             if (BOOL_MASK | ADDED_MASK) & FORM:
                 mask_rows = mask + b * mask_b + h * mask_h + m.to(tl.int64)[None, :] * mask_t
+            else:
+                mask_rows = mask
             q_tile = rows_of(q_rows, keep, part, DIM, BLOCK_D, True)
             g_tile = rows_of(g_rows, keep, part, DIM_V, BLOCK_DV, True)
-            p, _, dx = _gradients(
+            p, _ds, dx = _gradients(
                 q_tile, q_rows, keep, k_tile, k_rows, seen, g_tile, g_rows, v_tile, v_rows, lse,
                 delta, norm, at, alive, m, n, first, queries, keys, factor, left, right, slope, cap,
                 mask_rows, mask_n, seed_value, (b * heads + h).to(tl.int32), below, keep_scale, DIM,
@@ -197,8 +213,8 @@ def attention_bwd_dkdv_kernel(
 @triton.jit
 def attention_bwd_dq_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left, right,
-    cap, below, keep_scale,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
     dout, lse, delta, norm, dq, dout_b, dout_h, dout_t, lse_b, lse_h, dq_b, dq_h, dq_t, blocks,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -238,7 +254,7 @@ def attention_bwd_dq_kernel(
         v_rows = v + b * v_b + h // group * v_h + (k_start + n)[:, None] * v_t
         k_tile = rows_of(k_rows, held, part, DIM, BLOCK_D, True)
         v_tile = rows_of(v_rows, held, 0, DIM_V, BLOCK_DV, True)
-        _, _, dx = _gradients(
+        _p, _ds, dx = _gradients(
             q_tile, q_rows, keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows, lse, delta,
             norm, at, alive, m, n, start, queries, keys, factor, left, right, slope, cap, mask_rows,
             mask_n, seed_value, (b * heads + h).to(tl.int32), below, keep_scale, DIM, DIM_V,
@@ -253,8 +269,8 @@ def attention_bwd_dq_kernel(
 @triton.jit
 def attention_bwd_dmask_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left, right,
-    cap, below, keep_scale,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
     dout, lse, delta, norm, dmask, dout_b, dout_h, dout_t, lse_b, lse_h, batches, size_b, size_h,
     size_m, size_n, tiles_m, tiles_n,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -283,27 +299,33 @@ def attention_bwd_dmask_kernel(
         b = tl.cast(bi, tl.int64)
         for hi in range(h0, h1):
             h = tl.cast(hi, tl.int64)
-            slope = 0.0
             if ALIBI & FORM:
                 slope = tl.load(slopes + b * slope_b + h * slope_h)
+            else:
+                slope = 0.0
             for start_m in range(m0, m1, BLOCK_M):
                 m = start_m + tl.arange(0, BLOCK_M)
                 at = b * lse_b + h * lse_h + m
                 alive = tl.load(lse + at, mask=m < queries, other=-float("inf")) != -float("inf")
                 keep, row = alive[:, None], m.to(tl.int64)[:, None]
-                q_rows, g_rows = q + b * q_b + h * q_h + row * q_t, dout + b * dout_b + h * dout_h + row * dout_t
+                q_rows, g_rows = (
+                    q + b * q_b + h * q_h + row * q_t,
+                    dout + b * dout_b + h * dout_h + row * dout_t,
+                )
                 q_tile = rows_of(q_rows, keep, 0, DIM, BLOCK_D, True)
                 g_tile = rows_of(g_rows, keep, 0, DIM_V, BLOCK_DV, True)
                 mask_rows = mask + b * mask_b + h * mask_h + row * mask_t
                 low, _, _, high = key_range(start_m, BLOCK_M, queries, keys, left, right, FORM)
-                for start in range(tl.maximum(n0, low // BLOCK_N * BLOCK_N), tl.minimum(n1, high), BLOCK_N):
+                for start in range(
+                    tl.maximum(n0, low // BLOCK_N * BLOCK_N), tl.minimum(n1, high), BLOCK_N
+                ):
                     n = start + tl.arange(0, BLOCK_N)
                     held, column = ((n >= low) & (n < high))[:, None], n.to(tl.int64)[:, None]
                     k_rows = k + b * k_b + h // group * k_h + column * k_t
                     v_rows = v + b * v_b + h // group * v_h + column * v_t
                     k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, True)
                     v_tile = rows_of(v_rows, held, 0, DIM_V, BLOCK_DV, True)
-                    _, ds, _ = _gradients(
+                    _p, ds, _dx = _gradients(
                         q_tile, q_rows, keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows,
                         lse, delta, norm, at, alive, m, n, start, queries, keys, factor, left,
                         right, slope, cap, mask_rows, mask_n, seed_value,
@@ -343,8 +365,8 @@ def backward(
     rows = blocks * problem.heads * problem.batch
     if lse.numel():
         launch(
-            attention_prepare_kernel, (rows,), *common, out, dout, lse, grad_lse, delta, norm, dsink,
-            *problem.strides(out), *of_dout, *of_lse, *of_dlse, blocks, **constants,
+            attention_prepare_kernel, (rows,), *common, out, dout, lse, grad_lse, delta, norm,
+            dsink, *problem.strides(out), *of_dout, *of_lse, *of_dlse, blocks, **constants,
         )  # fmt: skip
     shared = (dout, lse, delta, norm)
     parts = problem.parts("DIM", "DIM_V")
@@ -368,8 +390,8 @@ def backward(
         tiles_m = 1 if sizes[2] == 1 else triton.cdiv(sizes[2], constants["BLOCK_M"])
         tiles_n = 1 if sizes[3] == 1 else triton.cdiv(sizes[3], constants["BLOCK_N"])
         launch(
-            attention_bwd_dmask_kernel, (sizes[0] * sizes[1] * tiles_m * tiles_n,), *common, *shared,
-            dmask, *of_dout, *of_lse, problem.batch, *sizes, tiles_m, tiles_n, **constants,
+            attention_bwd_dmask_kernel, (sizes[0] * sizes[1] * tiles_m * tiles_n,), *common,
+            *shared, dmask, *of_dout, *of_lse, problem.batch, *sizes, tiles_m, tiles_n, **constants,
         )  # fmt: skip
     return dq, dk, dv, dmask, dsinks
 
