@@ -1,5 +1,5 @@
-"""Attention's gradients, in the deterministic split form: dK and dV by programs that hold a block
-of keys and loop over the queries of a group of heads, dQ by programs that hold a block of queries; the
+"""Attention's gradients, in the deterministic split form: programs that hold a block of keys sum
+dK and dV over the queries of a group of heads, those that hold a block of queries sum dQ; the
 gradients of an additive mask and of the sinks apart. No atomics: the same bits in every run.
 Formula: `_attention_tile.py`; seven products of 2 Tq Tk D flops per head. Dao, 2023.
 """
