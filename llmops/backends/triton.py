@@ -30,6 +30,9 @@ PASSES: dict[str, str] = {
     "rope": "forward, backward",
     "rope_qk": "forward, backward",
     "rope_qk_": "in place",
+    "attention": "forward, backward",
+    "attention_varlen": "forward, backward",
+    "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
     "swiglu": "forward, backward",
 }
@@ -54,12 +57,19 @@ _FILES = {
     "rope": "rope",
     "rope_qk": "rope",
     "rope_qk_": "rope",
+    "attention": "attention",
+    "attention_bwd": "attention_bwd",
+    "attention_varlen": "attention_varlen",
+    "attention_varlen_bwd": "attention_varlen",
     "softmax": "softmax",
     "softmax_bwd": "softmax",
     "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
-_MISSING: dict[str, tuple[str, ...]] = {}
+_MISSING: dict[str, tuple[str, ...]] = {
+    "attention": ("gradient of alibi_slopes",),
+    "attention_varlen": ("gradient of alibi_slopes",),
+}
 
 
 def available() -> str | None:
