@@ -25,6 +25,7 @@ from llmops.kernels.triton._attention_tile import (
     ALIBI,
     BOOL_MASK,
     DROPOUT,
+    GENERAL,
     LN2,
     LOG2E,
     NATURAL,
@@ -128,22 +129,20 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     low, full_low, full_high, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
     begin, a, z = block_range(low, full_low, full_high, high, BLOCK_N)
-    if tile.LEFT & FORM:
+    if GENERAL & FORM:
+        z = begin
+    else:
         acc, top, total = _attend(
-            acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, begin, a, low, high,
+            acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, a, z, low, high,
             query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
             plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
-            True,
+            False,
         )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, a, z, low, high,
-        query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
-        plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, False,
-    )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, z, high, low, high,
         query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
-        plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, True,
+        plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
+        True,
     )  # fmt: skip
 
     nothing = total == 0.0
@@ -177,17 +176,19 @@ def dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def table(dim: int, dtype: torch.dtype, backward: bool, keys: int) -> _config.Config:
-    """Blocks, warps, stages and the chunk of D: not measured yet."""
-    wide = dtype == torch.float32
-    if architecture() == "interpreter":
-        return {"BLOCK_M": 32, "BLOCK_N": 32 if keys <= 256 else 128, "CHUNK": 256}
-    chunk = 64 if wide else 128
-    if backward or wide or dim > 128:
+def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) -> _config.Config:
+    """Blocks, warps, stages and the chunk of D: not measured, but no registers spill."""
+    if architecture() == "interpreter":  # few programs, yet of several blocks in the tests
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if keys <= 256 else 256, "CHUNK": 256}
+    if dtype == torch.float32 or dim > 128:
+        chunk = 64 if dtype == torch.float32 else 128
         return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
     warps = 8 if dim > 64 else 4
-    return {"BLOCK_M": 128 if dim <= 64 or warps == 8 else 64, "BLOCK_N": 64 if dim <= 64 else 32,
-            "CHUNK": chunk, "num_warps": warps, "num_stages": 2}  # fmt: skip
+    if backward or form & GENERAL.value:
+        walked = 64 if dim <= 64 else 32
+        return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
+                "num_stages": 1}  # fmt: skip
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
 
 
 class Problem:
@@ -234,8 +235,8 @@ class Problem:
         below = min(int(dropout_p * 2**32 + 0.5), 2**32 - 1)
         keep = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         dim, dim_v = q.shape[3], v.shape[3]
-        chosen = table(max(dim, dim_v), q.dtype, backward, self.keys)
-        key = (_rows.power_of_2(max(dim, dim_v)), q.dtype)
+        chosen = table(max(dim, dim_v), q.dtype, backward, self.keys, form)
+        key = (_rows.power_of_2(max(dim, dim_v)), q.dtype, form & GENERAL.value != 0)
         config = dict(_config.choose(op, key, chosen))
         chunk = config.pop("CHUNK")
         self.constants = {
@@ -258,10 +259,6 @@ class Problem:
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         return 0 if self.varlen else x.stride(0), x.stride(1), x.stride(2)
 
-    def blocks(self, of: str) -> int:
-        size = self.constants["BLOCK_M" if of == "queries" else "BLOCK_N"]
-        return triton.cdiv(self.queries if of == "queries" else self.keys, size)
-
     def parts(self, *dims: str) -> int:
         """Programs that share a block: one per chunk of the outputs' last dimension."""
         of = {"DIM": "BLOCK_D", "DIM_V": "BLOCK_DV"}
@@ -277,7 +274,7 @@ def forward(
     if lse.numel() == 0:
         return out, lse
     problem = Problem("attention", q, k, v, mask, causal, scale, modifiers, varlen, False)
-    blocks = problem.blocks("queries")
+    blocks = triton.cdiv(problem.queries, problem.constants["BLOCK_M"])
     grid = (blocks * problem.heads * problem.batch, problem.parts("DIM_V"))
     strides = (*problem.strides(out), *problem.strides(lse)[:2])
     launch(

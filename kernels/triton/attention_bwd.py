@@ -361,7 +361,7 @@ def backward(
     dsink = torch.empty_like(lse) if sinks is not None else None
     of_dout, of_lse = problem.strides(dout), problem.strides(lse)[:2]
     of_dlse = (0, 0, 0) if grad_lse is None else problem.strides(grad_lse)
-    blocks, key_blocks = problem.blocks("queries"), problem.blocks("keys")
+    blocks = triton.cdiv(problem.queries, constants["BLOCK_M"])
     rows = blocks * problem.heads * problem.batch
     if lse.numel():
         launch(
@@ -370,11 +370,14 @@ def backward(
         )  # fmt: skip
     shared = (dout, lse, delta, norm)
     parts = problem.parts("DIM", "DIM_V")
+    # BLOCK_M is what a program holds, BLOCK_N what it walks: here keys and queries.
+    held, walked = constants["BLOCK_M"], constants["BLOCK_N"]
+    key_blocks = triton.cdiv(problem.keys, held)
     if dk.numel() or dv.numel():
         launch(
             attention_bwd_dkdv_kernel, (key_blocks * problem.kv_heads * problem.batch, parts),
             *common, *shared, dk, dv, *of_dout, *of_lse, *problem.strides(dk), *problem.strides(dv),
-            key_blocks, **constants,
+            key_blocks, **{**constants, "BLOCK_M": walked, "BLOCK_N": held},
         )  # fmt: skip
     if dq.numel():
         launch(
