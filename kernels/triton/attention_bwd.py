@@ -389,7 +389,9 @@ def backward(
         return dq, dk, dv, None, dsinks
     dmask = q.new_empty(mask.shape, dtype=torch.float32)
     if dmask.numel():
-        constants["BLOCK_N"] = max(constants["BLOCK_N"] // 2, 16)  # its sums leave fewer registers
+        constants["BLOCK_N"] = max(constants["BLOCK_N"] // 2, 16)  # its sums take registers too
+        if "num_warps" in constants:
+            constants["num_warps"] //= 2
         sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
         tiles_m = 1 if sizes[2] == 1 else triton.cdiv(sizes[2], constants["BLOCK_M"])
         tiles_n = 1 if sizes[3] == 1 else triton.cdiv(sizes[3], constants["BLOCK_N"])
