@@ -7,8 +7,8 @@
     LLMOPS_TEST_PART=all      everything, which is what a plain run does
 
 Every part holds all tests outside the kit and, for every op and dtype, results and gradients on the
-best instruction set. What rotates is the kit's other cases and the tests marked `large`: each is in
-exactly one part.
+best instruction set (none under Triton's interpreter). What rotates is the kit's other cases and the
+tests marked `large`: each is in exactly one part.
 """
 
 from __future__ import annotations

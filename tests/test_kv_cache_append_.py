@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -113,6 +114,34 @@ def test_kv_cache_append_errors_change_nothing(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip((*caches, *pages), before, strict=True))
     # A shared prefix is no clash: those blocks are only read.
     call(pages, [4, 4, 4], block_table=torch.tensor([[0, 1], [0, 2], [0, 3]]))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_kv_cache_append_of_triton_writes_nothing_out_of_range() -> None:
+    """Nothing raises there: a sequence that does not fit is left out, as is a row of no block."""
+    k, v = _new(4, torch.float32, "heads first")
+
+    def call(caches: list[Tensor], start: list[int], table: Tensor | None = None) -> list[Tensor]:
+        given = [c.clone() for c in caches]
+        llmops.kv_cache_append_(
+            *given, k, v, torch.tensor(start), block_table=table, backend="triton"
+        )
+        return given
+
+    caches = [torch.randn(3, 2, 16, d) for d in (8, 6)]
+    for bad in (13, 16, 2**40, -1, -(2**40)):
+        for cache, got, new in zip(caches, call(caches, [0, bad, 12]), (k, v), strict=True):
+            want = cache.clone()
+            want[0, :, :4], want[2, :, 12:] = new[0], new[2]
+            assert torch.equal(got, want)
+    pages = [torch.randn(8, 2, 4, d) for d in (8, 6)]
+    for bad in (8, -1, 2**33, -(2**33)):
+        table = torch.tensor([[0, 1, 2], [3, 4, bad], [5, 6, 7]])
+        # Sequence 0 does not fit the table's 12 rows; the last two rows of 1 have no block.
+        for cache, got, new in zip(pages, call(pages, [9, 6, 0], table), (k, v), strict=True):
+            want = cache.clone()
+            want[4, :, 2:], want[5] = new[1, :, :2], new[2]
+            assert torch.equal(got, want)
 
 
 def test_kv_cache_append_is_seen_by_autograd() -> None:

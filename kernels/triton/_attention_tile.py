@@ -3,8 +3,8 @@ step from scores to weights and their gradient.
 
     s[t, j] = cap(scale * q[t] . k[j]) - slope * |d| + mask[t, j],  d = j - (t + Tk - Tq),
               -inf where masked, d > right (0 if causal) or d < -left;  cap(x) = c tanh(x / c)
-    P = exp(s - lse),  dS = P * (z * (dout . v) - delta),  delta = dout . out - dlse,
-              z: dropout's factor
+    P = exp(s - lse),  dS = P * (z * (dout . v) - delta),  z: dropout's factor,
+    delta = dout . out - dlse
 
 The score modifiers are bits of one constexpr, FORM: a kernel holds the code of those in use and of
 no other. All helpers are element-wise: queries may run along rows (query [M, 1], key [1, N]) or

@@ -332,7 +332,7 @@ def forward(
     source = _rows.as_rows(x, dims)
     added = None if residual is None else _rows.as_rows(residual, dims)
     (rows, n), added_row = source.shape, 0 if added is None else added.stride(0)
-    table = {"BLOCK": 4096, "num_warps": 8} if n > _rows.LONGEST else _rows.tile(n, per_thread=16)
+    table = {"BLOCK": 2048, "num_warps": 8} if n > _rows.LONGEST else _rows.tile(n, per_thread=16)
     config = _config.choose(op, (_rows.power_of_2(n), x.dtype), table)
     arguments = (source, added, _flat(weight), _flat(bias), y, h, rows, n, source.stride(0),
                  added_row, eps, offset)  # fmt: skip
@@ -347,12 +347,14 @@ def forward(
 def _backward_table(n: int) -> _config.Config:
     """Rows in flight, block, warps, and programs per processor: not measured yet; from
     ahead-of-time inspection. Five fp32 tiles are alive (dy, h, weight, two sums): beyond 8192
-    elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory."""
+    elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory, beyond
+    2048 the held weight spills on sm_90 where dh_in comes in as well."""
     if n > LONGEST_BACKWARD:
         return {"ROWS": 2, "BLOCK": 2048, "num_warps": 8, "PER_PROCESSOR": 2}
     config = _rows.tile(n, per_thread=16)
-    small = config["ROWS"] * config["BLOCK"] <= 4096
-    return {**config, "HOLD": small, "STAGES": 1 + small, "PER_PROCESSOR": 1 + small}
+    elements = config["ROWS"] * config["BLOCK"]
+    small = elements <= 4096
+    return {**config, "HOLD": elements <= 2048, "STAGES": 1 + small, "PER_PROCESSOR": 1 + small}
 
 
 def backward(

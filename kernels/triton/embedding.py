@@ -109,7 +109,9 @@ def embedding(
     if y.numel() == 0:
         return y
     count, length = tokens.numel(), tokens.shape[-1] if tokens.dim() else 1
-    places = None if positions is None else positions.reshape(-1)
+    # A view of one dimension may still have gaps.
+    ids = tokens.reshape(-1).contiguous()
+    places = None if positions is None else positions.reshape(-1).contiguous()
     position_rows, position_strides = 0, (0, 0)
     if position_weight is not None:
         position_rows = position_weight.shape[0]
@@ -117,7 +119,7 @@ def embedding(
     config = _config.choose("embedding", (_rows.power_of_2(dim), weight.dtype), _table(dim))
     grid = (triton.cdiv(count, config["TOKENS"]) * triton.cdiv(dim, config["BLOCK"]),)
     launch(
-        embedding_fwd_kernel, grid, tokens.reshape(-1), weight, places, position_weight, y,
+        embedding_fwd_kernel, grid, ids, weight, places, position_weight, y,
         count, length, dim, weight.shape[0], position_rows, *weight.stride(), *position_strides,
         **config,
     )  # fmt: skip

@@ -197,7 +197,7 @@ def _refuse_shared(q: Tensor, k: Tensor) -> None:
     if q.is_meta:  # it has no addresses
         return
     offset = (k.data_ptr() - q.data_ptr()) // q.element_size()
-    first, second = runs if offset >= 0 else reversed(runs)
+    first, second = runs if offset >= 0 else runs[::-1]
     if not _disjoint(first, second, abs(offset)):
         raise RuntimeError(
             "llmops.rope_qk_: q and k share memory; use llmops.rope_qk, which writes new tensors"

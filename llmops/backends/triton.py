@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmops.backends import _linear_cross_entropy
+
 if TYPE_CHECKING:
     from llmops.dispatch import Call
 
@@ -21,12 +23,15 @@ PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
     "attention": "forward, backward",
+    "attention_kvcache": "forward",
     "attention_varlen": "forward, backward",
+    "cross_entropy": "forward, backward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
     "kv_cache_append_": "in place",
     "layer_norm": "forward, backward",
+    "linear_cross_entropy": "forward, backward",
     "merge_attention": "forward, backward",
     "rms_norm": "forward, backward",
     "rope": "forward, backward",
@@ -42,8 +47,12 @@ _FILES = {
     "add_rms_norm": "rms_norm",
     "attention": "attention",
     "attention_bwd": "attention_bwd",
+    "attention_kvcache": "attention_kvcache",
     "attention_varlen": "attention_varlen",
     "attention_varlen_bwd": "attention_varlen",
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_bwd": "cross_entropy",
+    "cross_entropy_bwd_": "cross_entropy",
     "embedding": "embedding",
     "embedding_bwd": "embedding",
     "geglu": "swiglu",
@@ -68,7 +77,10 @@ _FILES = {
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {
     "attention": ("gradient of alibi_slopes",),
+    "attention_kvcache": ("gradient of alibi_slopes",),
     "attention_varlen": ("gradient of alibi_slopes",),
+    "cross_entropy": ("probability targets",),
+    "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
 
 
@@ -106,6 +118,11 @@ def yields(call: Call) -> str | None:
 
 def describe(call: Call) -> str:
     return f"Triton {call.op}" + (" (interpreted)" if INTERPRETED else "")
+
+
+def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
+    loss, gradient = __getattr__("cross_entropy"), __getattr__("cross_entropy_bwd_")
+    return _linear_cross_entropy.sums(loss, gradient, False, *args)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from llmops.bench import cases, compare, machine, measure, memory, providers, table
 from llmops.bench.harness import Case
 from llmops.bench.limits import Limits
+from llmops.bench.resume import Kept
 
 FORMAT = 2
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -52,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", action="store_true", help="also the peak memory of forward and backward")
     add("--seconds", type=float, help="time per row (default 0.6; with --quick 0.15)")
     add("--minutes", type=float, help="begin no row after this time in a run")
+    add(
+        "--resume",
+        metavar="FILE",
+        help="rows go there as they are measured, and those that it has already are not measured "
+        "again: a run that is cut short goes on when it is begun again",
+    )
     add("--json", metavar="FILE", help="write the rows, the limits and the machine there")
     add("--csv", metavar="FILE", help="write the rows there")
     add("--html", metavar="FILE", help="write a report with charts there, one file")
@@ -87,14 +96,16 @@ def run(arguments: argparse.Namespace) -> int:
     result: dict[str, Any] = {"format": FORMAT, "machine": machine.describe(), "runs": runs}
     if arguments.memory:
         print("peak memory ...", flush=True)
-        result["memory"] = memory.measure(arguments.ops, quick, arguments.dtype or [])
+        result["memory"] = list(memory.rows(arguments.ops, quick, arguments.dtype or []))
         for row in result["memory"]:
             print(_memory_line(row))
     if "peers" in _groups(arguments):
         result["peers"] = providers.availability()
+        result["peer_versions"] = providers.versions()
         print("other libraries:")
         for name, state in result["peers"].items():
-            print(f"  {name}: {state or 'takes part where it has the op'}")
+            version = result["peer_versions"].get(name, "")
+            print(f"  {name} {version}: {state or 'takes part where it has the op'}")
     write(result, arguments.json, arguments.csv, arguments.html)
     rows = [measure.from_json(r) for one in runs for r in one["rows"]]
     status = 1 if any(row.wrong for row in rows) else 0
@@ -114,6 +125,8 @@ def _validate(arguments: argparse.Namespace) -> None:
         )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("llmops bench: --device cuda needs a CUDA GPU, and torch sees none")
+    if arguments.device != "cpu" and arguments.memory:
+        raise ValueError("llmops bench: --memory reads the CPU's memory; leave out --device cuda")
     for name in ("seconds", "minutes"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
@@ -121,7 +134,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     _threads(arguments.threads)
     if arguments.compare and not Path(arguments.compare).is_file():
         raise FileNotFoundError(f"llmops bench: --compare {arguments.compare}: no such file")
-    for name in ("json", "csv", "html"):  # now, not after the minutes of measuring
+    for name in ("json", "csv", "html", "resume"):  # now, not after the minutes of measuring
         file = getattr(arguments, name)
         if file and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"llmops bench: --{name} {file}: its folder does not exist")
@@ -156,19 +169,29 @@ def _run_here(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     kind = ", torch with huge pages" if huge else ""
     print(f"{threads} thread{'s' if threads > 1 else ''}{kind}", flush=True)
     rows: list[measure.Row] = []
-    start, skipped = time.monotonic(), 0
-    collected = cases.collect(arguments.ops, quick, arguments.dtype or (), arguments.device)
-    with table.display(None, arguments.plain) as show:
-        for case in collected:
-            if minutes is not None and time.monotonic() - start > 60 * minutes:
+    start, skipped, measured = time.monotonic(), 0, 0
+    kept = _kept(arguments, threads, huge, seconds)
+    names = arguments.ops or cases.names()
+    with table.display(len(names), arguments.plain) as show:
+        for at, case in _numbered(names, arguments):
+            held = kept and kept.find(**_named(case))
+            if held:
+                rows.append(measure.from_json(held))
+                show(rows[-1], at)
+                continue
+            left = None if minutes is None else 60 * minutes - (time.monotonic() - start)
+            if left is not None and left < 0 and measured:
                 skipped += 1
                 break
-            left = None if minutes is None else 60 * minutes - (time.monotonic() - start)
-            if quick and left is not None and _expected_seconds(case, limits) > left:
+            # With a time of one's own a long row comes first in the next run, and has it all.
+            if not arguments.minutes and _expected_seconds(case, limits) > (left or math.inf):
                 print(f"left out, it would take too long for --quick here: {case}")
                 continue
             rows.append(measure.measure(case, limits, seconds, _groups(arguments)))
-            show(rows[-1])
+            measured += 1  # one at least, or a run that goes on might never end
+            if kept:
+                kept.add(measure.as_json([rows[-1]])[0])
+            show(rows[-1], at)
     if skipped:
         print(f"time is up after {minutes:g} minutes: the cases that follow were not measured")
     print(table.NOTES)
@@ -181,6 +204,30 @@ def _run_here(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
         "limits": limits.as_json(),
         "rows": measure.as_json(rows),
     }
+
+
+def _numbered(names: list[str], arguments: argparse.Namespace) -> Iterator[tuple[int, Case]]:
+    """Each case, and how many ops are done before it."""
+    for at, name in enumerate(names):
+        chosen = cases.collect([name], arguments.quick, arguments.dtype or (), arguments.device)
+        yield from ((at, case) for case in chosen)
+
+
+def _named(case: Case) -> dict[str, str]:
+    return {"op": case.op, "passes": case.passes, "dtype": case.dtype_name, "shape": case.shape}
+
+
+def _kept(arguments: argparse.Namespace, threads: int, huge: bool, seconds: float) -> Kept | None:
+    if not arguments.resume:
+        return None
+    setting = {
+        "threads": threads,
+        "torch_huge_pages": huge,
+        "seconds": seconds,
+        "device": arguments.device,
+        "with": sorted(_groups(arguments)),
+    }
+    return Kept(Path(arguments.resume), machine.describe(), setting)
 
 
 def _expected_seconds(case: Case, limits: Limits) -> float:
@@ -198,7 +245,7 @@ def _run_elsewhere(arguments: argparse.Namespace, threads: int, setting: str) ->
     options += ["--quick"] * arguments.quick + ["--plain"] * arguments.plain
     options += [x for d in arguments.dtype or () for x in ("--dtype", d)]
     options += [x for g in _groups(arguments) for x in ("--with", g)]
-    for name in ("seconds", "minutes"):
+    for name in ("seconds", "minutes", "resume"):
         if getattr(arguments, name):
             options += [f"--{name}", str(getattr(arguments, name))]
     return child_run([*arguments.ops, *options], setting)

@@ -1,21 +1,25 @@
 """`llmops bench --commit-result`: the file of this class of machine in benchmarks/results, remade.
 
-Stages, each a process of its own with a limit of time, together below 15 minutes. A stage's result
-is kept beside the file until all are there: run the command again after an interruption and it goes
-on with the stages that are missing, unless the commit or the machine changed.
+Stages, each a process of its own with a limit of time, together 13 minutes and the row that each is
+in when its time is up (a process that has not ended 5 minutes later is ended). Rows are kept beside
+the file as they are measured: run the command again and every stage goes on behind the rows it has,
+until it says that the file is written. What another commit or another machine left is dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmops.bench import command, machine, memory
+from llmops.bench import command, machine, memory, providers
+from llmops.bench.resume import Kept
 
 SECONDS = "0.2"
+LAST_ROW = 300.0  # seconds beyond a stage's limit for the row that has begun
 
 
 @dataclass
@@ -33,41 +37,47 @@ STAGES = (
     Stage("plain", "all cases, one thread", 4.0, ("--seconds", SECONDS)),
     Stage("huge", "the same, torch with huge pages", 4.0, ("--seconds", SECONDS), "on"),
     Stage("threads", "one shape each, all threads", 1.2, ("--quick", "--threads", "all")),
-    Stage(
-        "providers",
-        "one shape each, all providers",
-        3.0,
-        ("--quick", "--with", "all"),
-    ),
+    Stage("providers", "one shape each, all providers", 3.0, ("--quick", "--with", "all")),
     Stage("memory", "peak memory, one shape each", 0.8, huge_pages=None),
 )
 
 
 def make(folder: Path, stages: tuple[Stage, ...] = STAGES, ops: tuple[str, ...] = ()) -> int:
-    """Measures what is missing, writes the file, removes the parts."""
+    """Measures what is missing, each stage within its time. Where that was all, writes the file and
+    removes the parts: 0. Else 1: run it again."""
     folder.mkdir(parents=True, exist_ok=True)
     here = machine.describe()
     file = folder / f"{machine.machine_class(here)}.json"
     parts = folder / f".{file.stem}"
     parts.mkdir(exist_ok=True)
-    runs: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"format": command.FORMAT, "machine": here, "runs": runs}
+    print(f"at most {sum(s.minutes for s in stages):g} minutes and the rows that are then begun")
+    found: dict[str, Any] = {}
     for stage in stages:
-        part = parts / f"{stage.name}.json"
-        value = _kept(part, here)
-        if value is None:
+        _drop_foreign(parts / f"{stage.name}.jsonl", here)
+        done = parts / f"{stage.name}.json"
+        if not done.exists():
             print(f"-- {stage.title} (at most {stage.minutes:g} minutes)", flush=True)
-            value = _measure(stage, ops)
+            value = _measure(stage, parts / f"{stage.name}.jsonl", here, ops)
+            if value is None:
+                print(f"-- {stage.title}: not all yet", flush=True)
+                continue
             # Whole or not at all: an interruption while writing leaves no half.
-            part.with_suffix(".new").write_text(json.dumps({"machine": here, "value": value}))
-            part.with_suffix(".new").replace(part)
+            done.with_suffix(".new").write_text(json.dumps(value))
+            done.with_suffix(".new").replace(done)
         else:
             print(f"-- {stage.title}: kept from the run before", flush=True)
+        found[stage.name] = json.loads(done.read_text())
+    missing = [stage.name for stage in stages if stage.name not in found]
+    if missing:
+        print(f"not complete: {', '.join(missing)}; what there is is kept: run it again")
+        return 1
+    result: dict[str, Any] = {"format": command.FORMAT, "machine": here, "runs": []}
+    for stage in stages:
         if stage.huge_pages is None:
-            result["memory"] = value
+            result["memory"] = found[stage.name]
         else:
-            value["stage"] = stage.name
-            runs.append(value)
+            result["runs"].append({**found[stage.name], "stage": stage.name})
+    result["peers"], result["peer_versions"] = providers.availability(), providers.versions()
     file.write_text(json.dumps(result, indent=1) + "\n")
     for left in parts.iterdir():
         left.unlink()
@@ -76,25 +86,29 @@ def make(folder: Path, stages: tuple[Stage, ...] = STAGES, ops: tuple[str, ...] 
     return 0
 
 
-def _kept(part: Path, here: dict[str, Any]) -> Any:
-    """A stage's earlier result, where it is of this commit on this machine."""
-    if not part.exists():
-        return None
-    held = json.loads(part.read_text())
-    same = all(held["machine"][k] == here[k] for k in ("cpu", "isa", "cores", "commit", "torch"))
-    return held["value"] if same else None
+def _drop_foreign(rows: Path, here: dict[str, Any]) -> None:
+    """A stage's parts where they are of another commit or machine."""
+    try:
+        Kept(rows, here, {})
+    except ValueError:
+        print(f"-- {rows.stem}: dropped what was measured at another commit or on another machine")
+        rows.unlink()
+        rows.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _measure(stage: Stage, ops: tuple[str, ...]) -> Any:
+def _measure(stage: Stage, rows: Path, here: dict[str, Any], ops: tuple[str, ...]) -> Any:
+    """The stage's run, or its rows of peak memory; None where its time was too short for all."""
     seconds = 60 * stage.minutes
     if stage.huge_pages is None:
-        return memory.measure(list(ops), True, [], timeout=seconds)
-    options = [*ops, *stage.options, "--huge-pages", stage.huge_pages]
+        kept = Kept(rows, here, {"memory": True})
+        with contextlib.suppress(TimeoutError):
+            for row in memory.rows(list(ops), True, [], seconds, list(kept.rows)):
+                kept.add(row)
+            return kept.rows
+        return None
+    options = [*ops, *stage.options, "--huge-pages", stage.huge_pages, "--resume", str(rows)]
     options += ["--minutes", str(stage.minutes), "--plain"]
-    try:
-        # A row that has begun ends: the margin is for that and for the start.
-        return command.child_run(options, stage.huge_pages, timeout=seconds + 180)
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"llmops bench: stage {stage.name!r} hung; the stages before it are kept, run again"
-        ) from None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run = command.child_run(options, stage.huge_pages, timeout=seconds + LAST_ROW)
+        return run if run["complete"] else None
+    return None

@@ -6,6 +6,7 @@ Cases stand in cases/<op>.py; providers.py finds who else can compute them, meas
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -44,6 +45,7 @@ class Case:
         evidence: what to compare of a call's results, where not the results themselves.
         setting: entered around all of the case's calls, outside what is timed.
         curve: (name of a scaling curve, place on its x axis), e.g. ("attention over T", 512).
+        device: where its tensors are; cases.collect sets it.
     """
 
     op: str
@@ -65,6 +67,7 @@ class Case:
     evidence: Callable[[Any], Any] | None = None
     setting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     curve: tuple[str, int] | None = None
+    device: str = "cpu"
 
     @property
     def dtype_name(self) -> str:
@@ -108,16 +111,31 @@ def _pass(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) ->
     if passes == "fwd":
         return forward
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    results = [r for r in flat(function(*inputs)) if r.requires_grad]
-    generator = torch.Generator("cpu").manual_seed(1)
-    grads = [torch.randn(r.shape, generator=generator, device="cpu").to(r) for r in results]
+
+    def differentiable() -> list[Tensor]:
+        return [r for r in flat(function(*inputs)) if r.requires_grad]
+
+    def gradients_for(results: list[Tensor]) -> list[Tensor]:
+        generator = torch.Generator("cpu").manual_seed(1)
+        drawn = (torch.randn(r.shape, generator=generator, device="cpu") for r in results)
+        return [grad.to(r) for grad, r in zip(drawn, results, strict=True)]
+
+    # Both by the first call: to make a case costs no more than its inputs.
+    @functools.cache
+    def graph() -> tuple[list[Tensor], list[Tensor]]:
+        results = differentiable()
+        return results, gradients_for(results)
+
+    @functools.cache
+    def gradients() -> list[Tensor]:
+        return gradients_for(differentiable())
 
     def backward() -> Any:
+        results, grads = graph()
         return torch.autograd.grad(results, leaves, grads, retain_graph=True)
 
     def both() -> Any:
-        outputs = [r for r in flat(function(*inputs)) if r.requires_grad]
-        return torch.autograd.grad(outputs, leaves, grads)
+        return torch.autograd.grad(differentiable(), leaves, gradients())
 
     return backward if passes == "bwd" else both
 

@@ -3,7 +3,8 @@
 CPU: copy (the faster of torch's and one whose stores bypass the caches), read, and multiply-add
 rate, by loops with nothing else in them (csrc/cpu/limits.cpp), on the threads the run has and the
 instruction set that is active. A bf16 rate above the fp32 one exists where the set has the bf16
-pair product. CUDA: a device copy and a bf16 matrix product, both torch's.
+pair product. CUDA: a device copy and matrix products in bf16 (for 16-bit rows) and in
+fp32 (for fp32 rows, not rounded to TF32), both torch's.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from llmops.bench.clock import timed
 MEBIBYTE = 1 << 20
 
 
-def last_level_cache() -> int:
+def last_level_cache(device: str = "cpu") -> int:
     """Bytes, 0 where it cannot be read."""
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
     # The C library reads 0 on some virtual machines where the kernel knows.
     for level, index in ((3, 3), (2, 2)):
         with contextlib.suppress(ValueError, OSError, AttributeError):
@@ -37,9 +40,11 @@ def last_level_cache() -> int:
     return 0
 
 
-def _best(call: Any, rounds: int = 5) -> float:
+def _best(call: Any, rounds: int = 5, device: str = "cpu") -> float:
     call()
-    return min(timed(call, 1) for _ in range(rounds))
+    # A call that is queued on a GPU is timed with those after it: one alone is mostly launch.
+    number = 1 if device == "cpu" else max(1, min(50, int(0.02 / timed(call, 1))))
+    return min(timed(call, number) for _ in range(rounds))
 
 
 class Limits:
@@ -49,13 +54,15 @@ class Limits:
     """
 
     def __init__(self, device: str = "cpu", megabytes: int = 0) -> None:
-        size = megabytes or min(max(256, 4 * last_level_cache() // MEBIBYTE), 1024)
+        size = megabytes or min(max(256, 4 * last_level_cache(device) // MEBIBYTE), 1024)
         source = torch.ones(size * MEBIBYTE // 4, device=device)
         target = torch.empty_like(source)
         moved = 2 * source.numel() * 4
         self.device = device
         self.how: dict[str, float] = {}
-        self.how["torch copy GB/s"] = moved / _best(lambda: target.copy_(source)) / 1e9
+        self.how["torch copy GB/s"] = (
+            moved / _best(lambda: target.copy_(source), device=device) / 1e9
+        )
         self.copy_gbs = self.read_gbs = self.how["torch copy GB/s"]
         if device == "cpu" and _extension.REASON is None:
             raw = torch.ops.llmops_cpu
@@ -72,7 +79,11 @@ class Limits:
         and multiplied in fp32, so fp32's rate is their limit."""
         if dtype not in self._flops:
             if self.device != "cpu":
-                self._flops[dtype] = self._product(torch.bfloat16, 8192)
+                if dtype == torch.float32:
+                    self._flops[dtype] = self._product(dtype, 4096)
+                else:
+                    rate = self.how.get("bfloat16 matrix product GFLOP/s")  # fp16 has the same
+                    self._flops[dtype] = rate or self._product(torch.bfloat16, 8192)
             elif _extension.REASON is not None:
                 self._flops[dtype] = self._product(dtype, 1024)
             else:
@@ -92,8 +103,9 @@ class Limits:
         return self.how.get(name, 0.0)
 
     def _product(self, dtype: torch.dtype, n: int) -> float:
-        a, b = (torch.ones(n, n, dtype=dtype, device=self.device) for _ in range(2))
-        rate = 2 * n**3 / _best(lambda: a @ b, 7) / 1e9
+        # Random: a GPU multiplies ones with less power and so at a higher clock than real data.
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        rate = 2 * n**3 / _best(lambda: a @ b, 7, self.device) / 1e9
         self.how[f"{str(dtype)[6:]} matrix product GFLOP/s"] = rate
         return rate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -70,12 +71,29 @@ def _clocks() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
-    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    properties = torch.cuda.get_device_properties()
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    device = str(getattr(properties, "uuid", ""))
+    chosen = [f"--id=GPU-{device}"] if device else []
+    found = _run("nvidia-smi", *chosen, f"--query-gpu={fields}", "--format=csv,noheader") or ""
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": properties.name,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "gpu_l2_mib": properties.L2_cache_size / 2**20,
         "cuda": torch.version.cuda,
-        fields: _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"),
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
+        # Read right after the measuring, before the clocks fall back.
+        **dict(zip(fields.split(","), map(str.strip, found.split(",")), strict=False)),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def describe() -> dict[str, Any]:
@@ -99,8 +117,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def machine_class(machine: dict[str, Any]) -> str:
-    """The name of the committed result's file."""
-    if "gpu" in machine:
+def machine_class(machine: dict[str, Any], device: str = "cpu") -> str:
+    """The name of the committed result's file: of the CPU, though there be a GPU beside it."""
+    if device == "cuda":
         return "cuda-" + "-".join(str(machine["gpu"]).lower().split())
     return f"cpu-{str(machine['isa']).replace('_', '-')}-{machine['cores']}core"

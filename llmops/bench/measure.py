@@ -10,12 +10,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from llmops import FallbackWarning, dispatch
 from llmops.bench import providers as _providers
 from llmops.bench.clock import timed
 from llmops.bench.harness import Case, Wrong, compare, outcome
@@ -23,6 +25,7 @@ from llmops.bench.limits import Limits, last_level_cache
 from llmops.bench.providers import Provider
 
 OURS, TORCH = _providers.OURS, _providers.TORCH
+NO_KERNEL = "no kernel"
 
 
 @dataclass
@@ -41,8 +44,9 @@ class Row:
 
     `ratio` is torch's time over ours; `spread` the distance between the quartiles of ours, as a
     share of its median; `of_limit` the time at the limit over ours. `in_cache`: the bytes fit the
-    last-level cache, so that more than 100 % of a memory limit is possible. `compared` is False
-    where results could not be (a random draw). `tokens` are those of one call of a whole model.
+    last-level cache (L2 on a GPU), so that more than 100 % of a memory limit is possible.
+    `compared` is False where results could not be (a random draw). `tokens` are those of one
+    call of a whole model.
     """
 
     op: str
@@ -79,8 +83,9 @@ class Row:
 
     @property
     def wrong(self) -> str:
-        """What is wrong with ours; "" where nothing is."""
-        return next((r.note for r in self.results if r.provider == OURS), "")
+        """What is wrong with ours; "" where nothing is, or where there is no kernel yet."""
+        notes = (r.note for r in self.results if r.provider == OURS)
+        return next((note for note in notes if not note.startswith(NO_KERNEL)), "")
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -96,12 +101,18 @@ def _checked(case: Case, provider: Provider, want: Any) -> Result:
     if provider.call is None:
         return Result(provider.name, note=provider.note)
     try:
-        with provider.setting():
+        with provider.setting(), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", FallbackWarning)
+            dispatch._table.clear()  # it decides once, and warns once of each reason
+            dispatch._warned.clear()
             compare(case, outcome(case, provider.call), want)
     except Wrong as wrong:
         return Result(provider.name, note=f"WRONG: {wrong}")
     except Exception as error:  # another project's code may fail in any way; it is shown
         return Result(provider.name, note=f"fails: {type(error).__name__}: {_line(error)}")
+    fallen = [str(w.message) for w in seen if issubclass(w.category, FallbackWarning)]
+    if fallen and provider.name == OURS:  # the reference's time is not ours
+        return Result(provider.name, note=f"{NO_KERNEL}: {fallen[0][:120]}")
     return Result(provider.name)
 
 
@@ -151,7 +162,7 @@ def measure(case: Case, limits: Limits, seconds: float = 0.6, extra: Iterable[st
     limit, least = limits.bound(case.bytes, case.flops, case.dtype, case.read_only)
     by_name = {r.provider: r for r in results}
     ours, theirs = by_name[OURS], by_name[TORCH]
-    cache = last_level_cache() if limits.device == "cpu" else 0
+    cache = last_level_cache(limits.device)
     row = Row(
         op=case.op,
         passes=case.passes,

@@ -1,6 +1,8 @@
 """Peak memory of a case's forward and of its forward and backward, ours beside torch's.
 
-    python -m llmops.bench.memory '{"ops": ["softmax"], "quick": true}'   prints JSON lines
+    python -m llmops.bench.memory '{"cases": {"ops": ["softmax"], "quick": true}, "done": []}'
+
+prints JSON lines.
 
 How: a process of one thread makes the inputs, then forks per measurement; the child runs the call
 once and reports how far its peak resident set (ru_maxrss) rose above what it began with. That
@@ -16,7 +18,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,20 +71,21 @@ def peak_of(call: Call) -> int | None:
     return int(text) if text else None
 
 
-def _rows(cases: Iterator[Case]) -> Iterator[dict[str, Any]]:
-    seen = set()
+def _measured(cases: Iterator[Case], done: Iterable[list[str]]) -> Iterator[dict[str, Any]]:
+    seen = set(map(tuple, done))
     for case in cases:
         ours, theirs = parts_of(case.ours), parts_of(case.torch)
         if ours is None or theirs is None or case.in_place or case.bytes < OVERSTATES_BELOW:
             continue
         backward = case.passes != "fwd"
-        key = (case.op, backward, case.dtype_name, case.shape)
+        passes = "fwd+bwd" if backward else "fwd"
+        key = (case.op, passes, case.dtype_name, case.shape)
         if key in seen:
             continue
         seen.add(key)
         yield {
             "op": case.op,
-            "passes": "fwd+bwd" if backward else "fwd",
+            "passes": passes,
             "dtype": case.dtype_name,
             "shape": case.shape,
             "ours_bytes": peak_of(_call(ours, backward)),
@@ -89,32 +93,54 @@ def _rows(cases: Iterator[Case]) -> Iterator[dict[str, Any]]:
         }
 
 
-def measure(
-    ops: list[str], quick: bool, dtypes: list[str], timeout: float = 600
-) -> list[dict[str, Any]]:
-    """The rows of these cases, from a process of their own."""
-    wanted = json.dumps({"ops": ops, "quick": quick, "dtypes": dtypes})
+KEY = ("op", "passes", "dtype", "shape")
+
+
+def rows(
+    ops: list[str],
+    quick: bool,
+    dtypes: list[str],
+    timeout: float = 600,
+    done: Iterable[dict[str, Any]] = (),
+) -> Iterator[dict[str, Any]]:
+    """The rows of these cases but those `done`, from a process of their own, as they come.
+
+    Raises:
+        TimeoutError: `timeout` seconds were over before the last one.
+    """
+    wanted = {"ops": ops, "quick": quick, "dtypes": dtypes}
+    keys = [[row[k] for k in KEY] for row in done]
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmops.bench.memory", json.dumps({"cases": wanted, "done": keys})],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    end = threading.Timer(timeout, process.kill)
+    end.start()
     try:
-        found = subprocess.run(
-            [sys.executable, "-m", "llmops.bench.memory", wanted],
-            env={**os.environ, **settings},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=timeout,
-        ).stdout
-    except subprocess.TimeoutExpired as expired:
-        found = (expired.stdout or b"").decode()
-    lines = [x for x in found.splitlines() if x.startswith("{") and x.endswith("}")]
-    return [json.loads(x) for x in lines]
+        for line in process.stdout:
+            if line.startswith("{") and line.endswith("}\n"):
+                yield json.loads(line)
+        if process.wait():
+            raise TimeoutError(
+                f"llmops bench: peak memory: ended with {process.returncode}, the time was "
+                f"{timeout:g} seconds"
+            )
+    finally:
+        end.cancel()
+        process.kill()
+        process.wait()
 
 
 def main() -> None:
     from llmops.bench import cases
 
     torch.set_num_threads(1)
-    for row in _rows(cases.collect(**json.loads(sys.argv[1]))):
+    request = json.loads(sys.argv[1])
+    for row in _measured(cases.collect(**request["cases"]), request["done"]):
         print(json.dumps(row), flush=True)
 
 

@@ -32,8 +32,13 @@ COVERS = {
 }
 
 
+CPU_ONLY = ("onnxruntime", "zentorch")
+
+
 def covers(name: str, case: Case) -> bool:
     """Whether this library has the case's op in the form that the case uses."""
+    if name in CPU_ONLY and case.device != "cpu":
+        return False
     if case.op not in COVERS[name] or case.in_place or parts_of(case.torch) is None:
         return False
     if name == "onnxruntime":  # inference, and hardly any bf16 kernels on CPU
@@ -44,7 +49,7 @@ def covers(name: str, case: Case) -> bool:
 def makers(case: Case) -> dict[str, Callable[[], Call | None]]:
     """The libraries that have this case: name -> what makes the call, None for a form they lack."""
     own = {n: partial(make, case) for n, make in MAKERS.items() if covers(n, case)}
-    return {**own, **case.peers}
+    return {**own, **(case.peers if case.device == "cpu" else {})}  # engines run on CPU
 
 
 def _parts(case: Case) -> Parts:

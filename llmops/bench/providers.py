@@ -3,6 +3,7 @@ not there.
 
     isa       ours on every instruction set this processor has
     backends  ours on the other backends that can serve
+    sdpa      on a GPU: torch's attention by its flash and by its cuDNN kernel
     compile   torch.compile of torch's side (minutes: it runs a compiler per row)
     peers     other libraries that have this op, where their packages are installed
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -26,7 +28,7 @@ from llmops.backends import _extension
 from llmops.bench.harness import Call, Case, Parts, parts_of, with_backward
 
 OURS, TORCH = "llmops", "torch"
-GROUPS = ("isa", "backends", "compile", "peers")
+GROUPS = ("isa", "backends", "sdpa", "compile", "peers")
 
 
 @dataclass
@@ -49,7 +51,7 @@ def of(case: Case, groups: Iterable[str] = ()) -> list[Provider]:
 
 
 def _isas(case: Case) -> Iterator[Provider]:
-    if _extension.REASON is not None:
+    if _extension.REASON is not None or case.device != "cpu":
         return
     active, best = (getattr(torch.ops.llmops_cpu, f"isa_{x}")() for x in ("active", "best"))
     usable = _extension.ISA_NAMES[: _extension.ISA_NAMES.index(best) + 1]
@@ -73,8 +75,8 @@ def _backends(case: Case) -> Iterator[Provider]:
     if parts is None or case.in_place:
         return
     for name, reason in llmops.backends().items():
-        if name == "cpu":
-            continue
+        if name == "cpu" or (name, case.device) == ("triton", "cuda"):
+            continue  # what ours is already, or cannot serve
         if reason is not None:
             yield Provider(f"llmops {name}", None, note=reason)
             continue
@@ -87,12 +89,8 @@ def _backends(case: Case) -> Iterator[Provider]:
 
 
 def _derived(name: str, parts: Parts, function: Callable[..., Any]) -> Provider:
-    """The same pass over another function; making a backward's graph runs it, which may fail."""
-    try:
-        return Provider(name, with_backward(parts.passes, function, parts.inputs))
-    except Exception as error:  # a compiler or a foreign kernel: anything may come
-        line = (str(error).strip().splitlines() or [""])[0][:120]
-        return Provider(name, None, note=f"fails: {type(error).__name__}: {line}")
+    """The same pass over another function."""
+    return Provider(name, with_backward(parts.passes, function, parts.inputs))
 
 
 def _compiled(case: Case, backend: str = "inductor", name: str = "torch.compile") -> Iterator[Any]:
@@ -103,6 +101,24 @@ def _compiled(case: Case, backend: str = "inductor", name: str = "torch.compile"
 
     torch._dynamo.reset()  # each row is compiled for its own shape
     yield _derived(name, parts, torch.compile(parts.function, dynamic=False, backend=backend))
+
+
+def _sdpa(case: Case) -> Iterator[Provider]:
+    """torch's kernels one by one: its own choice is only one of them. They are for 16-bit types."""
+    parts = parts_of(case.torch)
+    if case.device != "cuda" or case.op != "attention" or parts is None:
+        return
+    if case.dtype == torch.float32:
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    for name, kernel in kernels.items():
+        setting = functools.partial(sdpa_kernel, kernel)
+        with setting():  # a backward's graph is made here
+            provider = _derived(f"SDPA {name}", parts, parts.function)
+        provider.setting = setting
+        yield provider
 
 
 # Package -> (import name, what to install it with, what it needs beyond, what it brings).
@@ -132,20 +148,31 @@ def availability() -> dict[str, str]:
     return states
 
 
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    found = {}
+    for name, (_, install, _) in PEERS.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(install.split()[2])
+    return found
+
+
 def _peers(case: Case) -> Iterator[Provider]:
     from llmops.bench import peers
 
     states = availability()
     for name, make in peers.makers(case).items():
-        if states[name]:
-            yield Provider(name, None, note=states[name])
+        needs = PEERS[name][2]
+        here = f"needs {needs}" if needs and case.device == "cpu" else ""
+        if note := states[name] or here:
+            yield Provider(name, None, note=note)
             continue
         try:
             call = make()
         except peers.Absent as absent:
             yield Provider(name, None, note=str(absent))
             continue
-        except Exception as error:  # see _derived
+        except Exception as error:  # another project's code may fail in any way; it is shown
             yield Provider(name, None, note=f"fails: {type(error).__name__}: {str(error)[:120]}")
             continue
         if call is not None:
@@ -155,6 +182,7 @@ def _peers(case: Case) -> Iterator[Provider]:
 _GROUPS: dict[str, Callable[[Case], Iterable[Provider]]] = {
     "isa": _isas,
     "backends": _backends,
+    "sdpa": _sdpa,
     "compile": _compiled,
     "peers": _peers,
 }

@@ -10,7 +10,12 @@ from typing import Any
 from llmops.bench.measure import OURS, TORCH, Row
 
 HEAD = ("op", "pass", "dtype", "shape", "ours us", "torch us", "ratio", "±", "rate", "limit")
-WIDTHS = (16, 9, 9, 30, 10, 10, 7, 5, 15, 9)
+WIDTHS = (20, 9, 9, 42, 10, 10, 7, 5, 15, 9)
+
+
+def shape_of(row: Row) -> str:
+    """The shape, and the model that has it."""
+    return row.shape if row.model in row.shape else f"{row.shape} ({row.model})"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -20,7 +25,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.op,
         row.passes,
         row.dtype,
-        row.shape,
+        shape_of(row),
         "no number" if row.ours_us is None else f"{row.ours_us:.1f}",
         "–" if row.torch_us is None else f"{row.torch_us:.1f}",
         "–" if row.ratio is None else f"{row.ratio:.2f}x",
@@ -37,7 +42,9 @@ def others(row: Row) -> list[str]:
     ]
     # Who is absent is said once, at the end, and in the JSON of each row.
     lines += [
-        f"{r.provider}: {r.note}" for r in row.results if r.note.startswith(("WRONG", "fail"))
+        f"{r.provider}: {r.note}"
+        for r in row.results
+        if r.note.startswith(("WRONG", "fail", "no kernel"))
     ]
     if row.tokens:
         sides = [f"{r.provider} {row.tokens_per_s(r.us):.1f}" for r in row.results if r.us]
@@ -75,8 +82,9 @@ def limits_line(limits: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def display(total: int | None, plain: bool = False) -> Iterator[Any]:
-    """Gives show(row), called as rows come: a progress bar with a table at the end, or lines."""
+def display(total: int, plain: bool = False) -> Iterator[Any]:
+    """Gives show(row, ops done), called as rows come: a progress bar with a table at the end, or
+    lines. The bar counts ops, `total` in all: how many cases each has is not known before."""
     rich = None
     if not plain and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
@@ -84,7 +92,7 @@ def display(total: int | None, plain: bool = False) -> Iterator[Any]:
     if rich is None:
         print(_line(HEAD), flush=True)
 
-        def show(row: Row) -> None:
+        def show(row: Row, done: int) -> None:
             for line in list(table([row]))[1:]:
                 print(line, flush=True)
 
@@ -93,7 +101,7 @@ def display(total: int | None, plain: bool = False) -> Iterator[Any]:
     yield from _rich_display(total)
 
 
-def _rich_display(total: int | None) -> Iterator[Any]:
+def _rich_display(total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -104,10 +112,10 @@ def _rich_display(total: int | None) -> Iterator[Any]:
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
             task = progress.add_task("measuring", total=total)
 
-            def show(row: Row) -> None:
+            def show(row: Row, done: int) -> None:
                 rows.append(row)
                 text = f"{row.op} {row.passes} {row.dtype} {row.shape}"
-                progress.update(task, advance=1, description=f"{text[:48]:48}")
+                progress.update(task, completed=done, description=f"{text[:48]:48}")
 
             yield show
     finally:  # what there is, also when interrupted

@@ -71,6 +71,9 @@ def attention_kvcache(
         TypeError, ValueError: naming the argument, what was expected and what came.
         IndexError: block_table names a block that the cache has not.
         NotImplementedError: a named backend cannot serve the call.
+        On a GPU, which is not waited for, lengths, pads and block table are not checked: a sequence
+        whose length or pad its cache cannot hold, and a query that sees a key of a block that the
+        cache has not, give NaN, out and lse; nothing is read for them.
 
     Numerics: as `llmops.attention`. Long caches are split among threads and merged by their
     log-sum-exp; the split depends on the lengths, never on the number of threads.

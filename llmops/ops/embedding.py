@@ -40,7 +40,8 @@ def embedding(
         Tensor [*tokens.shape, D], contiguous, of weight's dtype.
 
     Raises:
-        IndexError: an id outside its table, naming both.
+        IndexError: an id outside its table, naming both. On "triton", which does not wait for the
+            GPU's answer, such an id reads nothing, gives a row of NaN and takes no gradient.
         TypeError, ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a named backend cannot serve the call.
 

@@ -52,6 +52,9 @@ def kv_cache_append_(
         RuntimeError: a tensor requires a gradient while gradients are recorded.
         NotImplementedError: a named backend cannot serve the call.
         After any error the caches are as they were.
+        On a GPU, which is not waited for, lengths and block table are not checked: the tokens of a
+        sequence that do not fit Tmax or the block table, and those whose block the cache has not,
+        are not written, and two sequences that name one block overwrite each other.
     """
     _check_tensors(k_cache, v_cache, k, v, cache_seqlens, block_table)
     _refuse_gradients(k_cache, v_cache, k, v)

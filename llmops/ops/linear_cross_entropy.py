@@ -291,7 +291,7 @@ def _forward_bwd(
     backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if backend != "cpu":
-        backend = resolve("linear_cross_entropy_bwd", input.device, input.dtype, (), backend)
+        backend = resolve("linear_cross_entropy", input.device, input.dtype, (), backend)
     wanted = (want_input, want_weight, want_bias)
     likes = (input, linear_weight, linear_bias)
     if backend == "reference":

@@ -50,7 +50,8 @@ def rope(
 
     Raises:
         TypeError, ValueError, IndexError (a position outside the tables): naming the argument, what
-        was expected and what came.
+        was expected and what came. On "triton", which does not wait for the GPU's answer, such a
+        position reads nothing and its token's turned elements are NaN.
         NotImplementedError: a named backend cannot serve the call.
 
     Numerics: fp32, one rounding to x's dtype. The backward is the inverse rotation of the gradient.

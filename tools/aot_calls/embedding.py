@@ -8,7 +8,7 @@ import torch
 
 
 def calls(make: Any, call: Any) -> None:
-    for dim in (64, 768, 4096, 1001):
+    for dim in (64, 4096, 1001):
         tokens, weight = make(8, 2048, dtype=torch.int64), make(50257, dim)
         y = call(f"d={dim}", "embedding", tokens, weight)
         call(f"d={dim}", "embedding_bwd", y, tokens, 50257, -1)

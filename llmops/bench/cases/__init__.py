@@ -40,5 +40,6 @@ def collect(
                 case = next(found, None)
             if case is None:
                 break
+            case.device = device
             if not dtypes or case.dtype_name in dtypes:
                 yield case

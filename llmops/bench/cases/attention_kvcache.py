@@ -16,14 +16,17 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case
 
-# Lengths, Hq, Hkv, D
-DECODE = (((512, 30, 200, 100), 9, 3, 64), ((4096, 1000, 300, 2500), 32, 8, 128))
+# model, lengths, Hq, Hkv, D
+DECODE = (
+    ("SmolLM2", (512, 30, 200, 100), 9, 3, 64),
+    ("Llama 3 8B", (4096, 1000, 300, 2500), 32, 8, 128),
+)
 PAGE = 16
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for lengths, h, hkv, d in DECODE[:1] if quick else DECODE:
+        for model, lengths, h, hkv, d in DECODE[:1] if quick else DECODE:
             batch, longest = len(lengths), -(-max(lengths) // PAGE) * PAGE
             ends, width = torch.tensor(lengths), longest // PAGE
             q = torch.randn(batch, h, 1, d).to(dtype)
@@ -66,4 +69,6 @@ def cases(quick: bool) -> Iterator[Case]:
                 (shape, contiguous, masked),
                 (f"{shape} page {PAGE}", paged_ours, gathered),
             ):
-                yield Case("attention_kvcache", "fwd", dtype, name, ours, theirs, bytes=moved)
+                yield Case(
+                    "attention_kvcache", "fwd", dtype, name, ours, theirs, bytes=moved, model=model
+                )

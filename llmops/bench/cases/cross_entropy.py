@@ -14,14 +14,19 @@ import torch.nn.functional as F
 import llmops
 from llmops.bench.harness import Case, with_backward
 
-# rows, vocabulary
-SHAPES = ((1024, 50257), (512, 49152), (256, 128256), (32, 256000))
+# model, rows, vocabulary
+SHAPES = (
+    ("GPT-2", 1024, 50257),
+    ("SmolLM2", 512, 49152),
+    ("Llama 3 8B", 256, 128256),
+    ("Gemma 2B", 32, 256000),
+)
 FACTORS = {"fwd": 1, "bwd": 2, "fwd+bwd": 3}
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for rows, classes in SHAPES[1:2] if quick else SHAPES:
+        for model, rows, classes in SHAPES[1:2] if quick else SHAPES:
             x = torch.randn(rows, classes).mul_(3).to(dtype).requires_grad_()
             target = torch.randint(classes, (rows,))
             # PyTorch adds a row's exponentials in fp32, V/8 after one another in each lane (ours
@@ -37,4 +42,5 @@ def cases(quick: bool) -> Iterator[Case]:
                     with_backward(passes, F.cross_entropy, (x, target)),
                     bytes=factor * x.numel() * x.element_size(),
                     tolerance=20 * torch.finfo(dtype).eps + drift,
+                    model=model,
                 )

@@ -14,12 +14,18 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case, passes_of, with_backward
 
-SHAPES = ((512, 3072), (128, 3072), (2048, 5632), (1, 3072), (1, 14336))
+SHAPES = (
+    ("BERT, GPT-2", (512, 3072)),
+    ("BERT, GPT-2", (128, 3072)),
+    ("GPT-2 large", (2048, 5120)),
+    ("GPT-2", (1, 3072)),
+    ("GPT-3 6.7B", (1, 16384)),
+)
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES[:1] if quick else SHAPES:
+        for model, shape in SHAPES[:1] if quick else SHAPES:
             x = torch.randn(shape).to(dtype).requires_grad_()
             name = "x".join(map(str, shape))
             size = x.numel() * x.element_size()
@@ -40,4 +46,5 @@ def cases(quick: bool) -> Iterator[Case]:
                         with_backward(passes, ours, (x,)),
                         with_backward(passes, eager, (x,)),
                         bytes=factor * size,
+                        model=model,
                     )

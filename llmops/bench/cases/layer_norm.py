@@ -15,7 +15,13 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case, passes_of, with_backward
 
-SHAPES = ((512, 768), (4, 512, 2048), (2048, 4096), (1, 1, 576), (8, 1, 4096))
+SHAPES = (
+    ("BERT, GPT-2", (512, 768)),
+    ("GPT-3 1.3B", (4, 512, 2048)),
+    ("GPT-3 6.7B", (2048, 4096)),
+    ("GPT-2", (1, 1, 768)),
+    ("GPT-3 6.7B", (8, 1, 4096)),
+)
 
 
 def _eager(x: Tensor, shape: tuple[int], weight: Tensor, bias: Tensor) -> Tensor:
@@ -31,7 +37,7 @@ def _eager_add(
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES[:1] if quick else SHAPES:
+        for model, shape in SHAPES[:1] if quick else SHAPES:
             n, name = shape[-1], "x".join(map(str, shape))
             x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
             weight, bias = (torch.randn(n).to(dtype).requires_grad_() for _ in range(2))
@@ -50,6 +56,7 @@ def cases(quick: bool) -> Iterator[Case]:
                     with_backward(passes, _eager, inputs),
                     bytes=factor * size,
                     tolerance=tolerance,
+                    model=model,
                 )
             for passes, factor in passes_of(x.numel() // n, 4, 4):
                 both = (x, residual, (n,), weight, bias)
@@ -62,4 +69,5 @@ def cases(quick: bool) -> Iterator[Case]:
                     with_backward(passes, _eager_add, both),
                     bytes=factor * size,
                     tolerance=tolerance,
+                    model=model,
                 )

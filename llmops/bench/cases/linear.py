@@ -14,14 +14,20 @@ import torch.nn.functional as F
 import llmops
 from llmops.bench.harness import Case, with_backward
 
-# N, K: a square projection, the two of an MLP, and a head.
-WEIGHTS = ((576, 576), (3072, 768), (4096, 4096), (49152, 576))
+# model, N, K: query projections, the first of an MLP, heads.
+WEIGHTS = (
+    ("SmolLM2", 576, 576),
+    ("BERT, GPT-2", 3072, 768),
+    ("Llama 3 8B", 4096, 4096),
+    ("Gemma 2 2B", 9216, 2304),
+    ("SmolLM2", 49152, 576),
+)
 ROWS = (1, 4, 8, 128)
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for n, k in WEIGHTS[:1] if quick else WEIGHTS:
+        for model, n, k in WEIGHTS[:1] if quick else WEIGHTS:
             weight = torch.randn(n, k).to(dtype)
             for rows in ROWS[:1] if quick else ROWS:
                 x = torch.randn(rows, k).to(dtype)
@@ -36,4 +42,5 @@ def cases(quick: bool) -> Iterator[Case]:
                     bytes=moved if rows <= 8 else 0,
                     flops=2 * rows * n * k if rows > 8 else 0,
                     read_only=rows <= 8,
+                    model=model,
                 )

@@ -16,8 +16,13 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case, with_backward
 
-# rows, width, vocabulary
-SHAPES = ((512, 768, 50257), (512, 576, 49152), (128, 2048, 128256), (32, 2304, 256000))
+# model, rows, width, vocabulary
+SHAPES = (
+    ("GPT-2", 512, 768, 50257),
+    ("SmolLM2", 512, 576, 49152),
+    ("Llama 3.2 1B", 128, 2048, 128256),
+    ("Gemma 2 2B", 32, 2304, 256000),
+)
 
 
 def _eager(input: Tensor, linear_weight: Tensor, target: Tensor) -> Any:
@@ -26,7 +31,7 @@ def _eager(input: Tensor, linear_weight: Tensor, target: Tensor) -> Any:
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for rows, width, classes in SHAPES[1:2] if quick else SHAPES:
+        for model, rows, width, classes in SHAPES[1:2] if quick else SHAPES:
             x = torch.randn(rows, width).to(dtype).requires_grad_()
             weight = torch.randn(classes, width).mul_(width**-0.5).to(dtype).requires_grad_()
             inputs = (x, weight, torch.randint(classes, (rows,)))
@@ -41,4 +46,5 @@ def cases(quick: bool) -> Iterator[Case]:
                     flops=factor * rows * width * classes,
                     # As cross_entropy's; and 16-bit logits' gradients are rounded on both sides.
                     tolerance=40 * torch.finfo(dtype).eps + classes / 16 * 2**-23,
+                    model=model,
                 )

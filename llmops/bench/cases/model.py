@@ -140,7 +140,7 @@ def _generation(name: str, model: GPT, dtype: torch.dtype) -> Case:
         likeliest. Two that are equal to within rounding may come out either way."""
         if tokens.shape != (1, 1 + NEW):
             return tokens  # another shape than torch's: wrong
-        plain = GPT(model.config)
+        plain = GPT(model.config).to(tokens.device)
         plain.load_state_dict(model.state_dict())
         with torch.inference_mode(), llmops.use_backend("reference"):
             logits = plain(tokens[:, :-1])  # [1, NEW, V]

@@ -28,6 +28,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
+def _merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    a, b = ((part - lse).exp()[..., None] for part in (lse_a, lse_b))
+    return a * out_a + b * out_b, lse
+
+
 def _ops() -> Iterator[tuple[str, Function, Function]]:
     """Name, our call, torch's; both of one positional-free closure over the same inputs."""
     x, w = torch.randn(1, 64).requires_grad_(), torch.ones(64).requires_grad_()
@@ -55,6 +61,70 @@ def _ops() -> Iterator[tuple[str, Function, Function]]:
     )
     yield "rope", lambda: llmops.rope(q, cos, sin), lambda: _rotate(q, *wide)
     yield "embedding", lambda: llmops.embedding(tokens, table), lambda: F.embedding(tokens, table)
+    yield "geglu", lambda: llmops.geglu(x, x), lambda: F.gelu(x) * x
+    yield (
+        "add_layer_norm",
+        lambda: llmops.add_layer_norm(x, x, (64,), w, w),
+        lambda: (F.layer_norm(x + x, (64,), w, w), x + x),
+    )
+    yield (
+        "add_rms_norm",
+        lambda: llmops.add_rms_norm(x, x, (64,), w, 1e-6),
+        lambda: (F.rms_norm(x + x, (64,), w, 1e-6), x + x),
+    )
+    yield (
+        "rope_qk",
+        lambda: llmops.rope_qk(q, q, cos, sin),
+        lambda: (_rotate(q, *wide), _rotate(q, *wide)),
+    )
+    yield "linear", lambda: llmops.linear(x, table), lambda: F.linear(x, table)
+    target = torch.tensor([3])
+    yield (
+        "cross_entropy",
+        lambda: llmops.cross_entropy(x, target),
+        lambda: F.cross_entropy(x, target),
+    )
+    yield (
+        "linear_cross_entropy",
+        lambda: llmops.linear_cross_entropy(x, table, target),
+        lambda: F.cross_entropy(F.linear(x, table), target),
+    )
+    lse = torch.zeros(1, 1, 1)
+    yield (
+        "merge_attention",
+        lambda: llmops.merge_attention(q, lse, q, lse),
+        lambda: _merged(q, lse, q, lse),
+    )
+    packed, bounds = torch.randn(1, 1, 64).requires_grad_(), torch.tensor([0, 1])
+    yield (
+        "attention_varlen",
+        lambda: llmops.attention_varlen(packed, packed, packed, bounds, bounds, 1, 1),
+        lambda: F.scaled_dot_product_attention(packed, packed, packed),
+    )
+    yield (
+        "scaled_dot_product_attention",
+        lambda: llmops.scaled_dot_product_attention(q, q, q),
+        lambda: F.scaled_dot_product_attention(q, q, q),
+    )
+    # Decoding's: nothing there wants a gradient.
+    one, new, ends = q.detach(), q.detach().clone(), torch.tensor([1])
+    k, v = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 4, 64)
+    yield (
+        "attention_kvcache",
+        lambda: llmops.attention_kvcache(one, k, v, ends),
+        lambda: F.scaled_dot_product_attention(one, k[:, :, :1], v[:, :, :1]),
+    )
+    yield (
+        "kv_cache_append_",
+        lambda: llmops.kv_cache_append_(k, v, new, new, ends),
+        lambda: (k.index_copy_(2, ends, new), v.index_copy_(2, ends, new)),
+    )
+    logits = x.detach()
+    yield (
+        "sample",
+        lambda: llmops.sample(logits, temperature=0.0),
+        lambda: logits.argmax(-1),
+    )
 
 
 def cases(quick: bool) -> Iterator[Case]:

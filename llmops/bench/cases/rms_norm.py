@@ -1,7 +1,8 @@
 """rms_norm and add_rms_norm at model shapes, decode included.
 
 Bytes: x read, y written (forward); dy and x read, dx written (backward). The add form reads x and
-the residual and writes y and h; its backward reads dy, h and dh and writes the one gradient.
+the residual and writes y and h; its backward reads dy, h and dh and writes the one gradient. Gemma
+multiplies by 1 + weight (weight_offset), which PyTorch has to add first.
 """
 
 from __future__ import annotations
@@ -15,53 +16,67 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case, passes_of, with_backward
 
-SHAPES = ((512, 768), (4, 512, 2048), (2048, 4096), (1, 1, 576), (8, 1, 4096))
+SHAPES = (
+    ("SmolLM2", (512, 576)),
+    ("Llama 3.2 1B", (4, 512, 2048)),
+    ("Llama 3 8B", (2048, 4096)),
+    ("Gemma 2B", (512, 2048)),
+    ("Gemma 2 2B", (512, 2304)),
+    ("SmolLM2", (1, 1, 576)),
+    ("Llama 3 8B", (8, 1, 4096)),
+    ("Gemma 2 2B", (1, 1, 2304)),
+)
+Shape = tuple[int]
+
+
+def _weight(weight: Tensor, offset: float) -> Tensor:
+    return weight + offset if offset else weight
+
+
+def _ours(x: Tensor, shape: Shape, weight: Tensor, offset: float) -> Tensor:
+    return llmops.rms_norm(x, shape, weight, 1e-6, weight_offset=offset)
+
+
+def _eager(x: Tensor, shape: Shape, weight: Tensor, offset: float) -> Tensor:
+    return F.rms_norm(x, shape, _weight(weight, offset), 1e-6)
+
+
+def _ours_add(
+    x: Tensor, residual: Tensor, shape: Shape, weight: Tensor, offset: float
+) -> tuple[Tensor, Tensor]:
+    return llmops.add_rms_norm(x, residual, shape, weight, 1e-6, weight_offset=offset)
 
 
 def _eager_add(
-    x: Tensor, residual: Tensor, shape: tuple[int], weight: Tensor
+    x: Tensor, residual: Tensor, shape: Shape, weight: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return F.rms_norm(h, shape, weight, 1e-6), h
+    return F.rms_norm(h, shape, _weight(weight, offset), 1e-6), h
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES[:1] if quick else SHAPES:
+        for model, shape in SHAPES[:1] if quick else SHAPES:
             n, name = shape[-1], "x".join(map(str, shape))
+            offset = 1.0 if model.startswith("Gemma") else 0.0
             x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
             weight = torch.randn(n).to(dtype).requires_grad_()
-            size = x.numel() * x.element_size()
-            # A weight's gradient is rounded to its dtype on both sides, from sums of other order.
-            tolerance = 1e-3 if dtype == torch.float32 else 0.2
-            for passes, factor in passes_of(x.numel() // n, 2, 3):
-                yield Case(
-                    "rms_norm",
-                    passes,
-                    dtype,
-                    name,
-                    with_backward(
-                        passes, lambda t, w: llmops.rms_norm(t, t.shape[-1:], w, 1e-6), (x, weight)
-                    ),
-                    with_backward(
-                        passes, lambda t, w: F.rms_norm(t, t.shape[-1:], w, 1e-6), (x, weight)
-                    ),
-                    bytes=factor * size,
-                    tolerance=tolerance,
-                )
-            for passes, factor in passes_of(x.numel() // n, 4, 4):
-                inputs = (x, residual, (n,), weight)
-                yield Case(
-                    "add_rms_norm",
-                    passes,
-                    dtype,
-                    name,
-                    with_backward(
+            rest, rows = ((n,), weight, offset), x.numel() // n
+            for op, ours, eager, inputs, factors in (
+                ("rms_norm", _ours, _eager, (x, *rest), (2, 3)),
+                ("add_rms_norm", _ours_add, _eager_add, (x, residual, *rest), (4, 4)),
+            ):
+                for passes, factor in passes_of(rows, *factors):
+                    yield Case(
+                        op,
                         passes,
-                        lambda t, r, shape, w: llmops.add_rms_norm(t, r, shape, w, 1e-6),
-                        inputs,
-                    ),
-                    with_backward(passes, _eager_add, inputs),
-                    bytes=factor * size,
-                    tolerance=tolerance,
-                )
+                        dtype,
+                        name + (", 1 + weight" if offset else ""),
+                        with_backward(passes, ours, inputs),
+                        with_backward(passes, eager, inputs),
+                        bytes=factor * x.numel() * x.element_size(),
+                        # A weight's gradient is rounded to its dtype on both sides, from sums of
+                        # other order.
+                        tolerance=1e-3 if dtype == torch.float32 else 0.2,
+                        model=model,
+                    )

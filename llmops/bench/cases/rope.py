@@ -1,6 +1,6 @@
-"""rope_qk and rope_qk_ at model shapes, decode included, beside rotate_half.
+"""rope, rope_qk and rope_qk_ at model shapes, decode included, beside rotate_half.
 
-Bytes: q and k read once, written once.
+Bytes: q and k (rope: q alone) read once, written once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case, passes_of, with_backward
 
-# B, Hq, Hk, T, D
+# model, B, Hq, Hk, T, D
 SHAPES = (
-    (1, 12, 12, 512, 64),
-    (1, 32, 8, 512, 128),
-    (1, 32, 8, 4096, 128),
-    (4, 9, 3, 1024, 64),
-    (1, 32, 8, 1, 128),
+    ("SmolLM2", 1, 9, 3, 512, 64),
+    ("Llama 3 8B", 1, 32, 8, 512, 128),
+    ("Llama 3 8B", 1, 32, 8, 4096, 128),
+    ("SmolLM2", 4, 9, 3, 1024, 64),
+    ("Gemma 2 2B", 1, 8, 4, 512, 256),
+    ("Llama 3 8B", 1, 32, 8, 1, 128),
 )
 
 
@@ -28,13 +29,17 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-b, a), -1)
 
 
+def _eager_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + _rotate_half(x) * sin
+
+
 def _eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for b, hq, hk, t, d in SHAPES[:1] if quick else SHAPES:
+        for model, b, hq, hk, t, d in SHAPES[:1] if quick else SHAPES:
             # As a projection leaves them: [B, T, H, D] in memory.
             q, k = (torch.randn(b, t, h, d).to(dtype).transpose(1, 2) for h in (hq, hk))
             cos, sin = llmops.rope_tables(t, d)
@@ -54,6 +59,18 @@ def cases(quick: bool) -> Iterator[Case]:
                     bytes=size,
                     # The tables are rounded to 16 bits on torch's side.
                     tolerance=tolerance,
+                    model=model,
+                )
+                yield Case(
+                    "rope",
+                    passes,
+                    dtype,
+                    f"{b}x{hq}x{t}x{d}",
+                    with_backward(passes, llmops.rope, (leaves[0], cos, sin)),
+                    with_backward(passes, _eager_one, (leaves[0], *wide)),
+                    bytes=2 * q.numel() * q.element_size(),
+                    tolerance=tolerance,
+                    model=model,
                 )
             yield Case(
                 "rope_qk_",
@@ -64,4 +81,5 @@ def cases(quick: bool) -> Iterator[Case]:
                 with_backward("fwd", _eager, (q, k, *wide)),
                 bytes=size,
                 in_place=True,
+                model=model,
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 import llmops
 from llmops.bench.harness import Case
 
-SHAPES = ((1, 49152), (8, 128256))
+SHAPES = (("SmolLM2", (1, 49152)), ("Llama 3 8B", (8, 128256)), ("Gemma 2B", (1, 256000)))
 FILTERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "plain": {},
@@ -52,7 +52,7 @@ def _eager(
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES[:1] if quick else SHAPES:
+        for model, shape in SHAPES[:1] if quick else SHAPES:
             logits = (torch.randn(shape) * 3).to(dtype)
             for name, filters in FILTERS.items():
 
@@ -71,5 +71,6 @@ def cases(quick: bool) -> Iterator[Case]:
                     eager,
                     bytes=logits.numel() * logits.element_size(),
                     read_only=True,
+                    model=model,
                     in_place=name != "greedy",  # a draw is not compared: see above
                 )

@@ -16,7 +16,7 @@ import llmops
 from llmops.bench.harness import Case, with_backward
 
 ROWS = ((4096, 1024), (2048, 4096), (512, 49152))
-SCORES = ((1, 12, 512, 512), (1, 32, 1024, 1024))
+SCORES = (("GPT-2", (1, 12, 512, 512)), ("Llama 3 8B", (1, 32, 1024, 1024)))
 
 
 def _causal_eager(x: Tensor, keep: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def cases(quick: bool) -> Iterator[Case]:
                     with_backward(passes, lambda t: torch.softmax(t, -1), (x,)),
                     bytes=factor * size,
                 )
-        for scores in SCORES[:1] if quick else SCORES:
+        for model, scores in SCORES[:1] if quick else SCORES:
             x = torch.randn(scores).to(dtype)
             keep = torch.ones(scores[-2:], dtype=torch.bool).tril()
             yield Case(
@@ -51,4 +51,5 @@ def cases(quick: bool) -> Iterator[Case]:
                 bytes=x.numel() * x.element_size() * 3 // 2,
                 # Scores rounded to 16 bits before the softmax on torch's side.
                 tolerance=None if dtype == torch.float32 else 0.03,
+                model=model,
             )

@@ -1,0 +1,383 @@
+"""`make gpu`: what is to be known of these kernels on the GPU at hand, within ten minutes.
+
+    install       the package, from this tree, with no network and only this GPU's architecture
+    correctness   the conformance kit on its device targets, one test file after the other
+    bench         `llmops bench --device cuda`, one op after the other, then beside torch.compile
+    summary       one JSON of all this
+
+A stage is a list of units, each a process of its own with a limit of time: one that hangs, or
+leaves the GPU in an error state, takes nothing else along. After each unit the stage's JSON is
+written, whole or not at all, to build/gpu and to --out. A call goes on where the one before
+stopped: what has ended stays, failures too, unless the sources changed since (--keep: even then);
+--fresh forgets all. Exit status: 0 nothing failed, though some may be left for the next call;
+1 something did; 2 there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / "build" / "gpu"
+LEAST = 20.0  # seconds: with less left no unit is begun
+MAX_FAILURES = 10  # of one test process: after an illegal access every later test fails
+VERDICT = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+BEGUN = re.compile(r"^(\S+::(?:.*?\]|\w+))(?= |$)", re.MULTILINE)  # more may be on its line
+ENDED = ("passed", "failed", "killed")
+
+
+@dataclass
+class Unit:
+    """A process. `command` may look at what an earlier, interrupted run of it left in its record;
+    `read` adds to the record what the output and the exit status say, and returns the new state:
+    one of ENDED, or "cut" where it is to be continued."""
+
+    name: str
+    command: Callable[[dict[str, Any]], list[str]]
+    seconds: float
+    read: Callable[[dict[str, Any], str, int | None], str]
+    environment: dict[str, str] | None = None
+
+
+@dataclass
+class Stage:
+    name: str
+    minutes: float
+    units: Callable[[], list[Unit]]
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def tree() -> str:
+    """A hash of the sources that decide the results."""
+    files = [ROOT / "setup.py"]
+    for folder in ("llmops", "kernels", "csrc", "tests"):
+        files += (f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".cpp", ".h", ".cu"))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def execute(command: list[str], seconds: float, environment: Any = None) -> tuple[str, int | None]:
+    """Output and exit status; None where the time was up and the process group was killed."""
+    log = STATE / "unit.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status: int | None
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return log.read_text(errors="replace"), status
+
+
+def save(name: str, record: dict[str, Any], out: Path) -> None:
+    for folder in dict.fromkeys((STATE, out)):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{name}.new"
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(folder / f"{name}.json")
+
+
+def load(name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((STATE / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {"stage": name, "units": {}}
+    return found
+
+
+def go(stage: Stage, end: float, out: Path, keep: bool = False) -> dict[str, Any]:
+    """Runs what the stage still lacks until its own time or `end` (time.monotonic) is up."""
+    record, here = load(stage.name), tree()
+    end = min(end, time.monotonic() + 60 * stage.minutes)
+    kept = {n: u for n, u in record["units"].items() if keep or u.get("tree") == here}
+    units = stage.units()
+    # In the stage's order; one that no run has begun is "pending".
+    done = {u.name: kept.get(u.name, {"state": "pending", "seconds": 0.0}) for u in units}
+    record = {"stage": stage.name, "state": "unfinished", "units": done}
+    save(stage.name, record, out)
+    for unit in units:
+        own = done[unit.name]
+        while own["state"] not in ENDED and end - time.monotonic() >= min(LEAST, unit.seconds):
+            limit = min(unit.seconds, end - time.monotonic())
+            own["tree"], start = here, time.monotonic()
+            text, status = execute(unit.command(own), limit, unit.environment)
+            own["seconds"] = round(own["seconds"] + time.monotonic() - start, 1)
+            own.update(status=status, tail=text[-1500:])
+            own["state"] = unit.read(own, text, status)
+            if status is None and own["state"] not in ENDED and limit == unit.seconds:
+                own["state"] = "cut" if own.get("continues") else "killed"
+            save(stage.name, record, out)
+            print(f"{stage.name} {unit.name}: {own['state']}, {own['seconds']:g} s", flush=True)
+    states = [u["state"] for u in done.values()]
+    if all(s in ENDED for s in states):
+        record["state"] = "passed" if all(s == "passed" for s in states) else "failed"
+    save(stage.name, record, out)
+    return record
+
+
+def plain(record: dict[str, Any], text: str, status: int | None) -> str:
+    return "cut" if status is None else "failed" if status else "passed"
+
+
+# ---- install -------------------------------------------------------------------------------------
+
+
+def architecture(major: int, minor: int) -> str:
+    """9.0 -> "90a", 10.0 -> "100a": those whose instructions need the "a"; 12.0 -> "120"."""
+    return f"{major}{minor}" + "a" * (major in (9, 10))
+
+
+def python() -> str:
+    """The interpreter of the later stages: this one, or the venv where it must stay as it is."""
+    managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    inside = sys.prefix != sys.base_prefix
+    return str(STATE / "venv/bin/python") if managed.exists() and not inside else sys.executable
+
+
+DESCRIBE = "import json; from llmops.bench import machine; print(json.dumps(machine.describe()))"
+IMPORTS = (
+    "import torch; from llmops.backends import cuda; reason = cuda.available(); assert not reason"
+)
+
+
+def read_machine(record: dict[str, Any], text: str, status: int | None) -> str:
+    if status == 0:
+        record["machine"] = json.loads(text.splitlines()[-1])
+    return plain(record, text, status)
+
+
+def forget_missing_install() -> None:
+    """The results may have been brought to another machine, on which nothing is installed yet."""
+    if load("install")["units"]:
+        try:
+            subprocess.run([python(), "-c", IMPORTS], cwd="/", check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            (STATE / "install.json").unlink()
+
+
+def install_units() -> list[Unit]:
+    import torch
+
+    options = ["--no-index", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
+    environment = {
+        "LLMOPS_CUDA": "1",
+        "LLMOPS_CUDA_ARCHS": architecture(*torch.cuda.get_device_capability()),
+    }
+    venv = [sys.executable, "-m", "venv", "--system-site-packages", str(STATE / "venv")]
+    pip = [python(), "-m", "pip", "install", *options]
+    found = [
+        Unit("pip", lambda own: pip, 270, plain, environment),
+        Unit("machine", lambda own: [python(), "-c", DESCRIBE], 60, read_machine),
+    ]
+    if python() != sys.executable:
+        found.insert(0, Unit("venv", lambda own: venv, 60, plain))
+    return found
+
+
+# ---- correctness ---------------------------------------------------------------------------------
+
+
+def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
+    """Counts each test's verdict; the one that was running when the process died has one, too."""
+    record["continues"] = True
+    seen, failures = record.setdefault("seen", []), record.setdefault("failures", [])
+    counts = record.setdefault("counts", {})
+    fresh = dict(VERDICT.findall(text))
+    running = [name for name in BEGUN.findall(text) if name not in fresh][-1:]
+    if status is None:
+        # Killed in the same test twice, and this time it had the whole limit: it hangs.
+        if running and not fresh and record.get("running") == running:
+            fresh[running[0]] = "HUNG"
+        record["running"] = running
+    elif running and status not in (0, 1, 5):
+        fresh[running[0]] = "CRASHED"
+    for name, verdict in fresh.items():
+        counts[verdict.lower()] = counts.get(verdict.lower(), 0) + 1
+        if verdict not in ("PASSED", "SKIPPED", "XFAIL"):
+            failures.append(f"{verdict} {name}")
+    seen += fresh
+    if status in (0, 1, 5) and "stopping after" not in text:
+        # No test at all is no success: then the GPU's backends were not there.
+        return "failed" if failures or not counts.get("passed") else "passed"
+    record["in_vain"] = 0 if fresh else record.get("in_vain", 0) + 1
+    return "failed" if record["in_vain"] > 2 or not (fresh or status is None) else "cut"
+
+
+def test_command(file: Path, record: dict[str, Any]) -> list[str]:
+    wanted = "triton or cuda"
+    if importlib.util.find_spec("expecttest") is None:  # torch's opcheck is made with it
+        wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
+    seen = STATE / f"{file.stem}.seen"
+    seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
+    options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
+    return [python(), "-m", "pytest", *options, str(file.relative_to(ROOT))]
+
+
+def test_units() -> list[Unit]:
+    """The files that take in the conformance kit, small ops first."""
+    files = [f for f in (ROOT / "tests").glob("test_*.py") if "suite(" in f.read_text()]
+    files.sort(key=lambda f: ("attention" in f.name, f.name))
+    return [Unit(f.stem, partial(test_command, f), 120, read_tests) for f in files]
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+def read_bench(record: dict[str, Any], text: str, status: int | None) -> str:
+    file = STATE / "bench-unit.json"
+    if status in (0, 1) and file.exists():
+        record["result"] = json.loads(file.read_text())
+        record["complete"] = all(run["complete"] for run in record["result"]["runs"])
+        notes = (r["results"] for run in record["result"]["runs"] for r in run["rows"])
+        record["wrong"] = [r["note"] for row in notes for r in row if r["note"][:5] == "WRONG"]
+    return plain(record, text, status)
+
+
+def bench_command(options: list[str], record: dict[str, Any]) -> list[str]:
+    file = STATE / "bench-unit.json"
+    file.unlink(missing_ok=True)
+    limits = ["--seconds", "0.1", "--minutes", "0.4", "--device", "cuda", "--plain"]
+    return [python(), "-m", "llmops", "bench", *options, *limits, "--json", str(file)]
+
+
+def bench_units() -> list[Unit]:
+    """Every op beside torch, its named kernels and peers; then one shape each, as a compiler runs
+    per row, beside torch.compile."""
+    from llmops.bench import cases
+
+    groups = [x for group in ("sdpa", "backends", "peers") for x in ("--with", group)]
+    compiled = ["--quick", "--with", "compile"]
+    kinds = (("", groups, 60), (" torch.compile", compiled, 75))
+    return [
+        Unit(op + kind, partial(bench_command, [op, *options]), seconds, read_bench)
+        for kind, options, seconds in kinds
+        for op in cases.names()
+    ]
+
+
+# ---- summary -------------------------------------------------------------------------------------
+
+
+def summary(names: Iterable[str]) -> dict[str, Any]:
+    """In the form of benchmarks/results: machine, runs, and under "stages" what each came to."""
+    records = {name: load(name) for name in names}
+    stages: dict[str, Any] = {}
+    runs, machine = [], None
+    for name, record in records.items():
+        units = {}
+        for unit, own in record["units"].items():
+            units[unit] = {k: v for k, v in own.items() if k not in ("result", "seen", "tail")}
+            if own["state"] == "failed" or own["state"] == "killed":
+                units[unit]["tail"] = own.get("tail", "")
+            machine = own.get("result", own).get("machine", machine)  # the last has busy clocks
+            for run in own.get("result", {}).get("runs", ()):
+                runs.append({"stage": unit, **run})
+        stages[name] = {"state": record.get("state", "not run"), "units": units}
+    return {"format": 2, "machine": machine, "tree": tree(), "runs": runs, "stages": stages}
+
+
+STAGES = (
+    Stage("install", 5.0, install_units),
+    Stage("correctness", 4.0, test_units),
+    Stage("bench", 5.0, bench_units),
+)
+
+
+def work(stages: Iterable[Stage], minutes: float, out: Path, keep: bool = False) -> dict[str, Any]:
+    """The stages in order, `minutes` in all, then the summary. Without an install nothing runs."""
+    end = time.monotonic() + 60 * minutes
+    stages = tuple(stages)
+    for stage in stages:
+        try:
+            if stage.name == "install":
+                forget_missing_install()
+            record = go(stage, end, out, keep)
+        except Exception as error:  # the stages after it still have their say
+            record = {**load(stage.name), "state": "failed", "error": repr(error)}
+            save(stage.name, record, out)
+        print(f"-- {stage.name}: {record['state']}", flush=True)
+        if stage.name == "install" and record["state"] != "passed":
+            break
+    found = summary([s.name for s in STAGES] + [s.name for s in stages if s not in STAGES])
+    save("summary", found, out)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    add = parser.add_argument
+    default = os.environ.get("OUT") or str(STATE)
+    add("--out", type=Path, default=Path(default), help="folder of the JSON files (build/gpu)")
+    names = [s.name for s in STAGES]
+    add("--stages", default=",".join(names), help="some of them, as in install,bench")
+    add("--minutes", type=float, default=9.5, help="for all stages together (9.5)")
+    add("--fresh", action="store_true", help="forget what earlier calls found")
+    add("--keep", action="store_true", help="go on although the sources changed since")
+    add("--commit", action="store_true", help="also write benchmarks/results/<device>.json")
+    options = parser.parse_args(arguments)
+    chosen = options.stages.split(",")
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"--stages: no stage {', '.join(unknown)}; there are {', '.join(names)}")
+    try:
+        import torch
+    except ImportError:
+        print("make gpu: needs a Python with torch; set PYTHON to it", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("make gpu: needs a CUDA GPU, and torch sees none; nothing was run", file=sys.stderr)
+        return 2
+    if options.fresh:
+        shutil.rmtree(STATE, ignore_errors=True)
+    STATE.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(ROOT))
+    found = work(
+        [s for s in STAGES if s.name in chosen], options.minutes, options.out, options.keep
+    )
+    if options.commit:
+        from llmops.bench.machine import machine_class
+
+        here = {"gpu": torch.cuda.get_device_name()}
+        file = ROOT / "benchmarks" / "results" / f"{machine_class(here, 'cuda')}.json"
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {file}")
+    states = {name: stage["state"] for name, stage in found["stages"].items()}
+    print(", ".join(f"{name} {state}" for name, state in states.items()), f"in {options.out}")
+    return int("failed" in states.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
