@@ -31,6 +31,8 @@ RIGHT = tl.constexpr(128)  # a window or causality bounds those after it
 VARLEN = tl.constexpr(256)  # sequences of unequal lengths, one after the other
 NATURAL = tl.constexpr(512)
 NEGATIVE = tl.constexpr(1024)  # the scale is
+# Any of these: one loop that compares everything; two copies spill.
+GENERAL = tl.constexpr(1 | 2 | 4 | 8 | 32 | 64)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -22,7 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
+    "attention": "forward, backward",
     "attention_kvcache": "forward",
+    "attention_varlen": "forward, backward",
     "cross_entropy": "forward, backward",
     "embedding": "forward, backward",
     "geglu": "forward, backward",
@@ -35,6 +37,7 @@ PASSES: dict[str, str] = {
     "rope": "forward, backward",
     "rope_qk": "forward, backward",
     "rope_qk_": "in place",
+    "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
     "swiglu": "forward, backward",
 }
@@ -42,7 +45,11 @@ PASSES: dict[str, str] = {
 _FILES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "attention": "attention",
+    "attention_bwd": "attention_bwd",
     "attention_kvcache": "attention_kvcache",
+    "attention_varlen": "attention_varlen",
+    "attention_varlen_bwd": "attention_varlen",
     "cross_entropy": "cross_entropy",
     "cross_entropy_bwd": "cross_entropy",
     "cross_entropy_bwd_": "cross_entropy",
@@ -69,7 +76,9 @@ _FILES = {
 }
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {
+    "attention": ("gradient of alibi_slopes",),
     "attention_kvcache": ("gradient of alibi_slopes",),
+    "attention_varlen": ("gradient of alibi_slopes",),
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }

@@ -54,7 +54,8 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: [B + 1], int64 or int32: from 0 to total_q and to total_k, not
             decreasing.
         max_seqlen_q, max_seqlen_k: at least the largest length. (The CPU kernels need no bound;
-            one that is too small is an error all the same.)
+            one that is too small is an error all the same.) Triton kernels read no lengths back to
+            check them: they stay within the tensors, and rows past these bounds are left undefined.
         causal, scale, window, softcap, sinks, dropout_p, generator: as `llmops.attention`.
             Dropout counts sequences as batch items, and tokens within them.
         alibi_slopes: [Hq] or [B, Hq], as `llmops.attention`.

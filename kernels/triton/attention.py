@@ -1,0 +1,296 @@
+"""Attention in tiles: softmax(scale q k^T + mask) v with an online softmax, O(T) memory.
+
+Forward: a program holds a block of queries and loops over the keys they see: full blocks without a
+comparison, blocks that causality, a window or the end cuts with them; blocks that no query sees are
+skipped, and the heaviest query blocks of a head come first. Exponentials in base 2, scale * log2 e
+folded in; K and V are shared by a group of heads and never repeated. Backward: `attention_bwd.py`.
+fp32 softmax and sums, weights rounded to v's dtype for the product with v. Head dimensions are
+padded to a power of two; above BLOCK_D they are split in chunks, one program per chunk of the
+output, each with the whole scores. 4 Tq Tk D flops per head. Formula: `_attention_tile.py`.
+
+Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from llmops.kernels.triton import _attention_tile as tile
+from llmops.kernels.triton import _config, _rows
+from llmops.kernels.triton._attention_tile import (
+    ADDED_MASK,
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    GENERAL,
+    LN2,
+    LOG2E,
+    NATURAL,
+    NEGATIVE,
+    SINKS,
+    block_range,
+    dropped,
+    key_range,
+    modify_scores,
+    product,
+    rows_of,
+    sequence,
+)  # fmt: skip
+from llmops.kernels.triton._launch import architecture, launch
+from torch import Tensor
+
+
+@triton.jit
+def _attend(
+    acc, top, total, q_tile, q_rows, q_keep, k_base, v_base, k_t, v_t, begin, end, low, high, query,
+    queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed, plane, below, part,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """The keys [begin, end) in blocks; of cut ones no row outside [low, high) is read."""
+    for first in range(begin, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        key, held = n[None, :], ((n >= low) & (n < high))[:, None]
+        at = n.to(tl.int64)[:, None]
+        k_rows = k_base + at * k_t
+        k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, CUT)
+        s = product(q_tile, q_rows, q_keep, k_tile, k_rows, held, DIM, BLOCK_D, PRECISION)
+        if NEGATIVE & FORM:
+            s = -s
+        s = s * factor
+        if CUT or ((BOOL_MASK | ADDED_MASK | ALIBI | tile.SOFTCAP) & FORM):
+            s, _derivative = modify_scores(
+                s, query, key, queries, keys, left, right, slope, cap, mask_rows, mask_n, FORM, CUT
+            )
+        new = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new == -float("inf"), 0.0, new)  # nothing seen yet: not -inf - -inf
+        if NATURAL & FORM:
+            alpha = tl.exp2((top - shift) * LOG2E)
+            p = tl.exp2((s - shift[:, None]) * LOG2E)
+        else:
+            alpha = tl.exp2(top - shift)
+            p = tl.exp2(s - shift[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        if DROPOUT & FORM:
+            p = tl.where(dropped(seed, plane, query, first, below, BLOCK_N, True), 0.0, p)
+        v_tile = rows_of(v_base + at * v_t, held, part, DIM_V, BLOCK_DV, CUT)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        top = new
+    return acc, top, total
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
+    out, lse, out_b, out_h, out_t, lse_b, lse_h, blocks,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    index, part = tl.program_id(0), tl.program_id(1)
+    first = (blocks - 1 - index % blocks) * BLOCK_M
+    h, b = (index // blocks % heads).to(tl.int64), (index // blocks // heads).to(tl.int64)
+    q_start, queries = sequence(cu_q, b, queries, FORM)
+    k_start, keys = sequence(cu_k, b, keys, FORM)
+    if first >= queries:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    query = m[:, None]
+    inside = query < queries
+    row = q_start + query
+    q_rows = q + b * q_b + h * q_h + row * q_t
+    q_tile = rows_of(q_rows, inside, 0, DIM, BLOCK_D, True)
+    k_base = k + b * k_b + h // group * k_h + k_start * k_t
+    v_base = v + b * v_b + h // group * v_h + k_start * v_t
+    slope, mask_rows, seed_value = 0.0, mask, 0
+    if ALIBI & FORM:
+        slope = tl.load(slopes + b * slope_b + h * slope_h)
+    if (BOOL_MASK | ADDED_MASK) & FORM:
+        mask_rows = mask + b * mask_b + h * mask_h + query.to(tl.int64) * mask_t
+    if DROPOUT & FORM:
+        seed_value = tl.load(seed)
+    factor = tl.abs(scale)
+    if not (NATURAL & FORM):
+        factor = factor * LOG2E
+    plane = (b * heads + h).to(tl.int32)
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS & FORM:  # a key of weight exp(sink) and value 0, seen first
+        sink = tl.load(sinks + h)
+        top = tl.zeros([BLOCK_M], tl.float32) + sink
+        total = tl.where(top == -float("inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    low, full_low, full_high, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
+    begin, a, z = block_range(low, full_low, full_high, high, BLOCK_N)
+    if GENERAL & FORM:
+        z = begin
+    else:
+        acc, top, total = _attend(
+            acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, a, z, low, high,
+            query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
+            plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
+            False,
+        )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, z, high, low, high,
+        query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
+        plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
+        True,
+    )  # fmt: skip
+
+    nothing = total == 0.0
+    inverse = 1.0 / tl.where(nothing, 1.0, total)
+    if DROPOUT & FORM:
+        inverse = inverse * keep_scale
+    if NATURAL & FORM:
+        log_sum = top + tl.log(tl.where(nothing, 1.0, total))
+    else:
+        log_sum = top * LN2 + tl.log(tl.where(nothing, 1.0, total))
+    log_sum = tl.where(nothing, -float("inf"), log_sum)
+    d = part * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
+    value = (acc * inverse[:, None]).to(out.dtype.element_ty)
+    tl.store(out + b * out_b + h * out_h + row * out_t + d, value, mask=inside & (d < DIM_V))
+    if part == 0:
+        tl.store(lse + b * lse_b + h * lse_h + q_start + m, log_sum, mask=m < queries)
+
+
+# ---- launchers -----------------------------------------------------------------------------------
+
+
+def heads_like(like: Tensor, dim: int) -> Tensor:
+    """Empty [B, H, T, dim], laid out as `like` is: the heads of a token together where they are."""
+    b, h, t, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(b, t, h, dim).transpose(1, 2)
+    return like.new_empty(b, h, t, dim)
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) -> _config.Config:
+    """Blocks, warps, stages and the chunk of D: not measured, but no registers spill."""
+    if architecture() == "interpreter":  # few programs, yet of several blocks in the tests
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if keys <= 256 else 256, "CHUNK": 256}
+    amd = architecture().startswith("gfx")
+    if dtype == torch.float32 or dim > 128:
+        chunk = 64 if dtype == torch.float32 and not amd else 128
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
+    warps = 8 if dim > 64 else 4
+    if backward or form & GENERAL.value:
+        walked = 64 if dim <= 64 else 16 if form & DROPOUT.value else 32
+        return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
+                "num_stages": 1}  # fmt: skip
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
+
+
+class Problem:
+    """What the launchers of one call share: `arguments` and `constants` of every kernel."""
+
+    def __init__(
+        self, op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
+        scale: float, modifiers: tuple[Any, ...], varlen: tuple[Any, ...] | None, backward: bool,
+    ) -> None:  # fmt: skip
+        left, right, slopes, softcap, sinks, dropout_p, seed = modifiers
+        q, k, v = dense(q), dense(k), dense(v)
+        self.heads, self.kv_heads = q.shape[1], k.shape[1]
+        self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
+        cu_q = cu_k = None
+        q_b, k_b, v_b = q.stride(0), k.stride(0), v.stride(0)
+        form = 0
+        if varlen is not None:
+            cu_q, cu_k, self.queries, self.keys = varlen
+            cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+            self.batch, q_b, k_b, v_b = cu_q.shape[0] - 1, 0, 0, 0
+            form |= tile.VARLEN.value
+        self.varlen, self.q, self.k, self.v = varlen is not None, q, k, v
+        # Bounds as wide as all there is are none; this also keeps sums with them from overflow.
+        widest = self.queries + self.keys
+        left, right = (n if 0 <= n < widest else -1 for n in (left, right))
+        right = 0 if causal else right
+        form |= tile.LEFT.value if left >= 0 else 0
+        form |= tile.RIGHT.value if right >= 0 else 0
+        self.mask, mask_strides = mask, (0, 0, 0, 0)
+        if mask is not None:
+            form |= BOOL_MASK.value if mask.dtype == torch.bool else ADDED_MASK.value
+            full = (self.batch, self.heads, self.queries, self.keys)
+            mask_strides = mask.expand(full).stride()  # type: ignore[assignment]
+        slope_b = slope_h = 0
+        if slopes is not None:
+            form |= ALIBI.value
+            slope_b, slope_h = slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1)
+        form |= tile.SOFTCAP.value if softcap else 0
+        form |= SINKS.value if sinks is not None else 0
+        form |= DROPOUT.value if dropout_p else 0
+        natural = ADDED_MASK.value | ALIBI.value | tile.SOFTCAP.value | SINKS.value
+        form |= NATURAL.value if form & natural else 0
+        form |= NEGATIVE.value if scale < 0 else 0
+        below = min(int(dropout_p * 2**32 + 0.5), 2**32 - 1)
+        keep = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+        dim, dim_v = q.shape[3], v.shape[3]
+        chosen = table(max(dim, dim_v), q.dtype, backward, self.keys, form)
+        key = (_rows.power_of_2(max(dim, dim_v)), q.dtype, form & GENERAL.value != 0)
+        config = dict(_config.choose(op, key, chosen))
+        chunk = config.pop("CHUNK")
+        self.constants = {
+            "DIM": dim, "DIM_V": dim_v, "FORM": form, "PRECISION": "ieee", **config,
+            "BLOCK_D": min(max(_rows.power_of_2(dim), 16), chunk),
+            "BLOCK_DV": min(max(_rows.power_of_2(dim_v), 16), chunk),
+        }  # fmt: skip
+        self.sinks, self.seed = sinks, seed
+        self.arguments = (
+            q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, *q.stride()[1:3], k_b,
+            *k.stride()[1:3], v_b, *v.stride()[1:3], *mask_strides, slope_b, slope_h, self.heads,
+            self.heads // max(self.kv_heads, 1), self.rows(q), self.rows(k), scale, left, right,
+            softcap, below, keep,
+        )  # fmt: skip
+
+    def rows(self, x: Tensor) -> int:
+        """What kernels get as the number of queries or keys: packed, of all sequences."""
+        return x.shape[2]
+
+    def strides(self, x: Tensor) -> tuple[int, int, int]:
+        return 0 if self.varlen else x.stride(0), x.stride(1), x.stride(2)
+
+    def parts(self, *dims: str) -> int:
+        """Programs that share a block: one per chunk of the outputs' last dimension."""
+        of = {"DIM": "BLOCK_D", "DIM_V": "BLOCK_DV"}
+        return max(triton.cdiv(max(self.constants[d], 1), self.constants[of[d]]) for d in dims)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    modifiers: tuple[Any, ...], varlen: tuple[Any, ...] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = heads_like(q, v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    problem = Problem("attention", q, k, v, mask, causal, scale, modifiers, varlen, False)
+    blocks = triton.cdiv(problem.queries, problem.constants["BLOCK_M"])
+    grid = (blocks * problem.heads * problem.batch, problem.parts("DIM_V"))
+    strides = (*problem.strides(out), *problem.strides(lse)[:2])
+    launch(
+        attention_fwd_kernel, grid, *problem.arguments, out, lse, *strides, blocks,
+        **problem.constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    window_left: int = -1, window_right: int = -1, alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [B, Hq, Tq, Dv] laid out as q, lse [B, Hq, Tq] fp32."""
+    modifiers = (window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed)
+    return forward(q, k, v, mask, causal, scale, modifiers)

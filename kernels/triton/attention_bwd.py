@@ -1,0 +1,415 @@
+"""Attention's gradients, in the deterministic split form: programs that hold a block of keys sum
+dK and dV over the queries of a group of heads, those that hold a block of queries sum dQ; the
+gradients of an additive mask and of the sinks apart. No atomics: the same bits in every run.
+Formula: `_attention_tile.py`; seven products of 2 Tq Tk D flops per head. Dao, 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from llmops.kernels.triton._attention_tile import (
+    ADDED_MASK,
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    LOG2E,
+    NATURAL,
+    SINKS,
+    dropped,
+    key_range,
+    modify_scores,
+    product,
+    query_range,
+    rows_of,
+    sequence,
+    weights_and_gradients,
+)  # fmt: skip
+from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton.attention import Problem, dense, heads_like
+from torch import Tensor
+
+
+@triton.jit
+def attention_prepare_kernel(
+    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
+    out, dout, lse, dlse, delta, norm, dsink, out_b, out_h, out_t, dout_b, dout_h, dout_t, lse_b,
+    lse_h, dlse_b, dlse_h, dlse_t, blocks,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta = dout . out - dlse; norm, what is left to multiply P by: 1, unless lse is too large to
+    resolve the sum it holds beside the maximum, as where all keys got the lowest number."""
+    index = tl.program_id(0)
+    first = index % blocks * BLOCK_M
+    h, b = (index // blocks % heads).to(tl.int64), (index // blocks // heads).to(tl.int64)
+    q_start, queries = sequence(cu_q, b, queries, FORM)
+    k_start, keys = sequence(cu_k, b, keys, FORM)
+    if first >= queries:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    query = m[:, None]
+    row = q_start + query
+    at = b * lse_b + h * lse_h + q_start + m
+    log_sum = tl.load(lse + at, mask=m < queries, other=-float("inf"))
+    alive = log_sum != -float("inf")
+    dots = tl.zeros([BLOCK_M], tl.float32)
+    for part in range((DIM_V + BLOCK_DV - 1) // BLOCK_DV):
+        o = rows_of(out + b * out_b + h * out_h + row * out_t, alive[:, None], part, DIM_V,
+                    BLOCK_DV, True)  # fmt: skip
+        g = rows_of(dout + b * dout_b + h * dout_h + row * dout_t, alive[:, None], part, DIM_V,
+                    BLOCK_DV, True)  # fmt: skip
+        dots += tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    if dlse is not None:
+        dots -= tl.load(dlse + b * dlse_b + h * dlse_h + (q_start + m) * dlse_t, mask=alive,
+                        other=0.0)  # fmt: skip
+    tl.store(delta + at, dots, mask=m < queries)
+    if NATURAL & FORM:
+        lost = tl.where(alive & (tl.abs(log_sum) > 1024.0), 1, 0)
+        weight = tl.full([BLOCK_M], 1.0, tl.float32)
+        if tl.max(lost, 0) > 0:
+            q_rows = q + b * q_b + h * q_h + row * q_t
+            q_tile = rows_of(q_rows, alive[:, None], 0, DIM, BLOCK_D, True)
+            k_base = k + b * k_b + h // group * k_h + k_start * k_t
+            slope, mask_rows = 0.0, mask
+            if ALIBI & FORM:
+                slope = tl.load(slopes + b * slope_b + h * slope_h)
+            if (BOOL_MASK | ADDED_MASK) & FORM:
+                mask_rows = mask + b * mask_b + h * mask_h + query.to(tl.int64) * mask_t
+            total = tl.zeros([BLOCK_M], tl.float32)
+            if SINKS & FORM:
+                total = tl.exp2((tl.load(sinks + h) - log_sum) * LOG2E)
+            low, _, _, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
+            for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                held = ((n >= low) & (n < high))[:, None]
+                k_rows = k_base + n.to(tl.int64)[:, None] * k_t
+                k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, True)
+                s = product(q_tile, q_rows, alive[:, None], k_tile, k_rows, held, DIM, BLOCK_D,
+                            PRECISION)  # fmt: skip
+                s, _derivative = modify_scores(s * scale, query, n[None, :], queries, keys, left,
+                                     right, slope, cap, mask_rows, mask_n, FORM, True)  # fmt: skip
+                total += tl.sum(tl.exp2((s - log_sum[:, None]) * LOG2E), 1)
+            weight = tl.where(alive, 1.0 / total, 0.0)
+        tl.store(norm + at, weight, mask=m < queries)
+        if SINKS & FORM:
+            sink = tl.exp2((tl.load(sinks + h) - log_sum) * LOG2E) * weight
+            tl.store(dsink + at, tl.where(alive, -sink * dots, 0.0), mask=m < queries)
+
+
+@triton.jit
+def _gradients(
+    q_tile, q_rows, q_keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows, lse, delta, norm,
+    at, alive, m, n, start, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed,
+    plane, below, keep_scale,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES_IN_ROWS: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """P and dS of a tile, [M, N] or [N, M]; the rows' lse, delta and norm are loaded here."""
+    log_sum = tl.load(lse + at, mask=alive, other=float("inf"))
+    log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
+    if not (NATURAL & FORM):
+        log_sum = log_sum * LOG2E
+    d = tl.load(delta + at, mask=alive, other=0.0)
+    w = d
+    if NATURAL & FORM:
+        w = tl.load(norm + at, mask=alive, other=0.0)
+    if QUERIES_IN_ROWS:
+        s = product(q_tile, q_rows, q_keep, k_tile, k_rows, held, DIM, BLOCK_D, PRECISION)
+        dp = product(g_tile, g_rows, q_keep, v_tile, v_rows, held, DIM_V, BLOCK_DV, PRECISION)
+        query, key, log_sum, d, w = m[:, None], n[None, :], log_sum[:, None], d[:, None], w[:, None]
+    else:
+        s = product(k_tile, k_rows, held, q_tile, q_rows, q_keep, DIM, BLOCK_D, PRECISION)
+        dp = product(v_tile, v_rows, held, g_tile, g_rows, q_keep, DIM_V, BLOCK_DV, PRECISION)
+        query, key, log_sum, d, w = m[None, :], n[:, None], log_sum[None, :], d[None, :], w[None, :]
+    s, derivative = modify_scores(s * factor, query, key, queries, keys, left, right, slope, cap,
+                                  mask_rows, mask_n, FORM, CUT)  # fmt: skip
+    drop = s
+    if DROPOUT & FORM:
+        drop = dropped(seed, plane, query, start, below, BLOCK_N, QUERIES_IN_ROWS)
+    return weights_and_gradients(s, dp, log_sum, d, w, drop, keep_scale, derivative, FORM)
+
+
+@triton.jit
+def attention_bwd_dkdv_kernel(
+    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
+    dout, lse, delta, norm, dk, dv, dout_b, dout_h, dout_t, lse_b, lse_h, dk_b, dk_h, dk_t, dv_b,
+    dv_h, dv_t, blocks,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    index, part = tl.program_id(0), tl.program_id(1)
+    first = index % blocks * BLOCK_N
+    kv_heads = heads // group
+    g, b = (index // blocks % kv_heads).to(tl.int64), (index // blocks // kv_heads).to(tl.int64)
+    q_start, queries = sequence(cu_q, b, queries, FORM)
+    k_start, keys = sequence(cu_k, b, keys, FORM)
+    if first >= keys:
+        return
+    n = first + tl.arange(0, BLOCK_N)
+    inside = (n < keys)[:, None]
+    row = (k_start + n)[:, None]
+    k_rows, v_rows = k + b * k_b + g * k_h + row * k_t, v + b * v_b + g * v_h + row * v_t
+    low, _, _, high = query_range(first, BLOCK_N, queries, keys, left, right, FORM)
+    seen = inside & (low < high)
+    k_tile = rows_of(k_rows, seen, 0, DIM, BLOCK_D, True)
+    v_tile = rows_of(v_rows, seen, 0, DIM_V, BLOCK_DV, True)
+    factor = scale
+    if not (NATURAL & FORM):
+        factor = factor * LOG2E
+    seed_value = 0
+    if DROPOUT & FORM:
+        seed_value = tl.load(seed)
+    dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(group):  # the group's sum, in this order
+        h = g * group + member
+        if ALIBI & FORM:
+            slope = tl.load(slopes + b * slope_b + h * slope_h)
+        else:
+            slope = 0.0
+        for start in range(low // BLOCK_M * BLOCK_M, high, BLOCK_M):
+            m = start + tl.arange(0, BLOCK_M)
+            at = b * lse_b + h * lse_h + q_start + m
+            alive = m < high
+            # A row without a key has no gradient, whatever its q and dout hold (0 * NaN is NaN).
+            alive = alive & (m >= low) & (
+                tl.load(lse + at, mask=alive, other=0.0) != -float("inf"))  # fmt: skip
+            keep = alive[:, None]
+            q_rows = q + b * q_b + h * q_h + (q_start + m)[:, None] * q_t
+            g_rows = dout + b * dout_b + h * dout_h + (q_start + m)[:, None] * dout_t
+            if (BOOL_MASK | ADDED_MASK) & FORM:
+                mask_rows = mask + b * mask_b + h * mask_h + m.to(tl.int64)[None, :] * mask_t
+            else:
+                mask_rows = mask
+            q_tile = rows_of(q_rows, keep, part, DIM, BLOCK_D, True)
+            g_tile = rows_of(g_rows, keep, part, DIM_V, BLOCK_DV, True)
+            p, _ds, dx = _gradients(
+                q_tile, q_rows, keep, k_tile, k_rows, seen, g_tile, g_rows, v_tile, v_rows, lse,
+                delta, norm, at, alive, m, n, first, queries, keys, factor, left, right, slope, cap,
+                mask_rows, mask_n, seed_value, (b * heads + h).to(tl.int32), below, keep_scale, DIM,
+                DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, False, True,
+            )  # fmt: skip
+            dv_sum = tl.dot(p.to(g_tile.dtype), g_tile, dv_sum, input_precision=PRECISION)
+            dk_sum = tl.dot(dx.to(q_tile.dtype), q_tile, dk_sum, input_precision=PRECISION)
+    if DROPOUT & FORM:
+        dv_sum = dv_sum * keep_scale
+    d = part * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(dk + b * dk_b + g * dk_h + row * dk_t + d, (dk_sum * scale).to(dk.dtype.element_ty),
+             mask=inside & (d < DIM))  # fmt: skip
+    d = part * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
+    tl.store(dv + b * dv_b + g * dv_h + row * dv_t + d, dv_sum.to(dv.dtype.element_ty),
+             mask=inside & (d < DIM_V))  # fmt: skip
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
+    dout, lse, delta, norm, dq, dout_b, dout_h, dout_t, lse_b, lse_h, dq_b, dq_h, dq_t, blocks,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    index, part = tl.program_id(0), tl.program_id(1)
+    first = (blocks - 1 - index % blocks) * BLOCK_M
+    h, b = (index // blocks % heads).to(tl.int64), (index // blocks // heads).to(tl.int64)
+    q_start, queries = sequence(cu_q, b, queries, FORM)
+    k_start, keys = sequence(cu_k, b, keys, FORM)
+    if first >= queries:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    row = (q_start + m)[:, None]
+    at = b * lse_b + h * lse_h + q_start + m
+    alive = tl.load(lse + at, mask=m < queries, other=-float("inf")) != -float("inf")
+    keep = alive[:, None]
+    q_rows = q + b * q_b + h * q_h + row * q_t
+    g_rows = dout + b * dout_b + h * dout_h + row * dout_t
+    q_tile = rows_of(q_rows, keep, 0, DIM, BLOCK_D, True)
+    g_tile = rows_of(g_rows, keep, 0, DIM_V, BLOCK_DV, True)
+    factor = scale
+    if not (NATURAL & FORM):
+        factor = factor * LOG2E
+    slope, mask_rows, seed_value = 0.0, mask, 0
+    if ALIBI & FORM:
+        slope = tl.load(slopes + b * slope_b + h * slope_h)
+    if (BOOL_MASK | ADDED_MASK) & FORM:
+        mask_rows = mask + b * mask_b + h * mask_h + m.to(tl.int64)[:, None] * mask_t
+    if DROPOUT & FORM:
+        seed_value = tl.load(seed)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low, _, _, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
+    for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        held = ((n >= low) & (n < high))[:, None]
+        k_rows = k + b * k_b + h // group * k_h + (k_start + n)[:, None] * k_t
+        v_rows = v + b * v_b + h // group * v_h + (k_start + n)[:, None] * v_t
+        k_tile = rows_of(k_rows, held, part, DIM, BLOCK_D, True)
+        v_tile = rows_of(v_rows, held, 0, DIM_V, BLOCK_DV, True)
+        _p, _ds, dx = _gradients(
+            q_tile, q_rows, keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows, lse, delta,
+            norm, at, alive, m, n, start, queries, keys, factor, left, right, slope, cap, mask_rows,
+            mask_n, seed_value, (b * heads + h).to(tl.int32), below, keep_scale, DIM, DIM_V,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, True, True,
+        )  # fmt: skip
+        sums = tl.dot(dx.to(k_tile.dtype), k_tile, sums, input_precision=PRECISION)
+    d = part * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(dq + b * dq_b + h * dq_h + row * dq_t + d, (sums * scale).to(dq.dtype.element_ty),
+             mask=(m < queries)[:, None] & (d < DIM))  # fmt: skip
+
+
+@triton.jit
+def attention_bwd_dmask_kernel(
+    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
+    right, cap, below, keep_scale,
+    dout, lse, delta, norm, dmask, dout_b, dout_h, dout_t, lse_b, lse_h, batches, size_b, size_h,
+    size_m, size_n, tiles_m, tiles_n,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the mask: dS summed over what the mask broadcasts along, in a fixed order."""
+    index = tl.program_id(0)
+    tile_n, tile_m = index % tiles_n, index // tiles_n % tiles_m
+    mh, mb = index // tiles_n // tiles_m % size_h, index // tiles_n // tiles_m // size_h
+    b0, b1, h0, h1 = 0, batches, 0, heads
+    if size_b > 1:
+        b0, b1 = mb, mb + 1
+    if size_h > 1:
+        h0, h1 = mh, mh + 1
+    m0, m1, n0, n1 = 0, queries, 0, keys
+    if size_m > 1:
+        m0, m1 = tile_m * BLOCK_M, tl.minimum(tile_m * BLOCK_M + BLOCK_M, queries)
+    if size_n > 1:
+        n0, n1 = tile_n * BLOCK_N, tl.minimum(tile_n * BLOCK_N + BLOCK_N, keys)
+    factor = scale
+    seed_value = 0
+    if DROPOUT & FORM:
+        seed_value = tl.load(seed)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for bi in range(b0, b1):
+        b = tl.cast(bi, tl.int64)
+        for hi in range(h0, h1):
+            h = tl.cast(hi, tl.int64)
+            if ALIBI & FORM:
+                slope = tl.load(slopes + b * slope_b + h * slope_h)
+            else:
+                slope = 0.0
+            for start_m in range(m0, m1, BLOCK_M):
+                m = start_m + tl.arange(0, BLOCK_M)
+                at = b * lse_b + h * lse_h + m
+                alive = tl.load(lse + at, mask=m < queries, other=-float("inf")) != -float("inf")
+                keep, row = alive[:, None], m.to(tl.int64)[:, None]
+                q_rows, g_rows = (
+                    q + b * q_b + h * q_h + row * q_t,
+                    dout + b * dout_b + h * dout_h + row * dout_t,
+                )
+                q_tile = rows_of(q_rows, keep, 0, DIM, BLOCK_D, True)
+                g_tile = rows_of(g_rows, keep, 0, DIM_V, BLOCK_DV, True)
+                mask_rows = mask + b * mask_b + h * mask_h + row * mask_t
+                low, _, _, high = key_range(start_m, BLOCK_M, queries, keys, left, right, FORM)
+                for start in range(
+                    tl.maximum(n0, low // BLOCK_N * BLOCK_N), tl.minimum(n1, high), BLOCK_N
+                ):
+                    n = start + tl.arange(0, BLOCK_N)
+                    held, column = ((n >= low) & (n < high))[:, None], n.to(tl.int64)[:, None]
+                    k_rows = k + b * k_b + h // group * k_h + column * k_t
+                    v_rows = v + b * v_b + h // group * v_h + column * v_t
+                    k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, True)
+                    v_tile = rows_of(v_rows, held, 0, DIM_V, BLOCK_DV, True)
+                    _p, ds, _dx = _gradients(
+                        q_tile, q_rows, keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows,
+                        lse, delta, norm, at, alive, m, n, start, queries, keys, factor, left,
+                        right, slope, cap, mask_rows, mask_n, seed_value,
+                        (b * heads + h).to(tl.int32), below, keep_scale, DIM, DIM_V, BLOCK_M,
+                        BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, True, True,
+                    )  # fmt: skip
+                    sums += ds
+    i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    if size_m == 1:
+        sums = tl.where(i == 0, tl.sum(sums, 0)[None, :], 0.0)
+    if size_n == 1:
+        sums = tl.where(j == 0, tl.sum(sums, 1)[:, None], 0.0)
+    i, j = tile_m * BLOCK_M + i, tile_n * BLOCK_N + j
+    plane = (mb * size_h + mh).to(tl.int64)
+    tl.store(dmask + (plane * size_m + i) * size_n + j, sums, mask=(i < size_m) & (j < size_n))
+
+
+# ---- launchers -----------------------------------------------------------------------------------
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    out: Tensor, lse: Tensor, causal: bool, scale: float, need_mask_grad: bool,
+    modifiers: tuple[Any, ...], varlen: tuple[Any, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    dq, dk = heads_like(q, q.shape[3]), heads_like(k, k.shape[3])
+    dv, sinks = heads_like(v, v.shape[3]), modifiers[4]
+    out, dout, lse = dense(out), dense(grad_out), lse.contiguous()
+    problem = Problem("attention_bwd", q, k, v, mask, causal, scale, modifiers, varlen, True)
+    constants, common = problem.constants, problem.arguments
+    delta = torch.empty_like(lse)
+    norm = torch.empty_like(lse) if constants["FORM"] & NATURAL.value else None
+    dsink = torch.empty_like(lse) if sinks is not None else None
+    of_dout, of_lse = problem.strides(dout), problem.strides(lse)[:2]
+    of_dlse = (0, 0, 0) if grad_lse is None else problem.strides(grad_lse)
+    blocks = triton.cdiv(problem.queries, constants["BLOCK_M"])
+    rows = blocks * problem.heads * problem.batch
+    if lse.numel():
+        launch(
+            attention_prepare_kernel, (rows,), *common, out, dout, lse, grad_lse, delta, norm,
+            dsink, *problem.strides(out), *of_dout, *of_lse, *of_dlse, blocks, **constants,
+        )  # fmt: skip
+    shared = (dout, lse, delta, norm)
+    parts = problem.parts("DIM", "DIM_V")
+    # BLOCK_M is what a program holds, BLOCK_N what it walks: here keys and queries.
+    held, walked = constants["BLOCK_M"], constants["BLOCK_N"]
+    key_blocks = triton.cdiv(problem.keys, held)
+    if dk.numel() or dv.numel():
+        launch(
+            attention_bwd_dkdv_kernel, (key_blocks * problem.kv_heads * problem.batch, parts),
+            *common, *shared, dk, dv, *of_dout, *of_lse, *problem.strides(dk), *problem.strides(dv),
+            key_blocks, **{**constants, "BLOCK_M": walked, "BLOCK_N": held},
+        )  # fmt: skip
+    if dq.numel():
+        launch(
+            attention_bwd_dq_kernel, (rows, problem.parts("DIM")), *common, *shared, dq, *of_dout,
+            *of_lse, *problem.strides(dq), blocks, **constants,
+        )  # fmt: skip
+    dsinks = None if dsink is None else dsink.sum((0, 2), dtype=torch.float64).float()
+    if not need_mask_grad or mask is None:
+        return dq, dk, dv, None, dsinks
+    dmask = q.new_empty(mask.shape, dtype=torch.float32)
+    if dmask.numel():
+        constants["BLOCK_N"] = max(constants["BLOCK_N"] // 2, 16)  # its sums take registers too
+        if "num_warps" in constants:
+            constants["num_warps"] //= 2
+        sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
+        tiles_m = 1 if sizes[2] == 1 else triton.cdiv(sizes[2], constants["BLOCK_M"])
+        tiles_n = 1 if sizes[3] == 1 else triton.cdiv(sizes[3], constants["BLOCK_N"])
+        launch(
+            attention_bwd_dmask_kernel, (sizes[0] * sizes[1] * tiles_m * tiles_n,), *common,
+            *shared, dmask, *of_dout, *of_lse, problem.batch, *sizes, tiles_m, tiles_n, **constants,
+        )  # fmt: skip
+    return dq, dk, dv, dmask, dsinks
+
+
+def attention_bwd(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    out: Tensor, lse: Tensor, causal: bool, scale: float, need_mask_grad: bool,
+    window_left: int = -1, window_right: int = -1, alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv laid out as q, k, v; dmask and dsinks fp32."""
+    modifiers = (window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed)
+    return backward(grad_out, grad_lse, q, k, v, mask, out, lse, causal, scale, need_mask_grad,
+                    modifiers)  # fmt: skip
