@@ -348,7 +348,7 @@ def _backward_table(n: int) -> _config.Config:
     """Rows in flight, block, warps, and programs per processor: not measured yet; from
     ahead-of-time inspection. Five fp32 tiles are alive (dy, h, weight, two sums): beyond 8192
     elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory, beyond
-    2048 the held weight spills on sm_90 where dh_in comes in as well."""
+    1024 the held weight spills where a second gradient comes or goes as well."""
     if n > LONGEST_BACKWARD:
         return {"ROWS": 2, "BLOCK": 2048, "num_warps": 8, "PER_PROCESSOR": 2}
     config = _rows.tile(n, per_thread=16)
@@ -356,7 +356,7 @@ def _backward_table(n: int) -> _config.Config:
         config["ROWS"] //= 2
     elements = config["ROWS"] * config["BLOCK"]
     small = elements <= 4096
-    return {**config, "HOLD": elements <= 2048, "STAGES": 1 + small, "PER_PROCESSOR": 1 + small}
+    return {**config, "HOLD": elements <= 1024, "STAGES": 1 + small, "PER_PROCESSOR": 1 + small}
 
 
 def backward(
