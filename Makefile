@@ -47,7 +47,7 @@ test-triton: install
 AOT ?=
 AOT_PARTS ?= 16
 # The files of tools/aot_calls whose tables are complete.
-AOT_OPS ?= softmax layer_norm rms_norm
+AOT_OPS ?= softmax
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON)/triton: | $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \

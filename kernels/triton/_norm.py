@@ -347,16 +347,19 @@ def forward(
 def _backward_table(n: int) -> _config.Config:
     """Rows in flight, block, warps, and programs per processor: not measured yet; from
     ahead-of-time inspection. Five fp32 tiles are alive (dy, h, weight, two sums): beyond 8192
-    elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory, beyond
-    1024 the held weight spills where a second gradient comes or goes as well."""
+    elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory; with
+    several rows at a time the held weight spills beyond 1024."""
     if n > LONGEST_BACKWARD:
         return {"ROWS": 2, "BLOCK": 2048, "num_warps": 8, "PER_PROCESSOR": 2}
     config = _rows.tile(n, per_thread=16)
-    if config["ROWS"] > 1:  # eight of each tile to a thread
+    several = config["ROWS"] > 1
+    if several:  # eight of each tile to a thread
         config["ROWS"] //= 2
     elements = config["ROWS"] * config["BLOCK"]
     small = elements <= 4096
-    return {**config, "HOLD": elements <= 1024, "STAGES": 1 + small, "PER_PROCESSOR": 1 + small}
+    hold = elements <= 1024 if several else small
+    stages = 2 if small and not several else 1
+    return {**config, "HOLD": hold, "STAGES": stages, "PER_PROCESSOR": 1 + small}
 
 
 def backward(
