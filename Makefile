@@ -37,7 +37,7 @@ test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well.
-TRITON_PARTS ?= 16
+TRITON_PARTS ?= 40
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k triton --durations=10 --deselect tests/test_triton_interpreter.py
