@@ -36,8 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     from llmops.testing import targets
 
     best = targets()[-1]
-    if best.backend == "triton" and best.device == "cpu":
-        best = None  # the interpreter is slow: there, results and gradients rotate as well
+    if best.interpreted:
+        best = None  # it is slow: there, results and gradients rotate as well
     kept: list[Any] = []
     left: list[Any] = []
     for item in items:

@@ -104,6 +104,11 @@ class Target:
     def __str__(self) -> str:
         return self.isa or self.backend
 
+    @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter: one launch at a time, milliseconds per program."""
+        return self.backend == "triton" and self.device == "cpu"
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         if self.isa is None:

@@ -20,7 +20,8 @@ class Reach(NamedTuple):
 
     dtypes: tuple[torch.dtype, ...] = DTYPES[:1]
     samples: int = 3  # the first of the spec, which are so to choose
-    largest: bool = False  # and the one of most elements, which is large enough for threads
+    # And the one of most elements, which is large enough for threads; those no interpreter has.
+    largest: bool = False
     every_target: bool = False  # else the last target alone: the best instruction set
 
 
@@ -93,6 +94,8 @@ def cases(spec: OpSpec) -> Iterator[Case]:
                 key = (target.device, dtype)
                 if key not in made:
                     made[key] = list(spec.samples(Make(dtype, target.device)))
+                if reach is not None and target.interpreted:
+                    reach = reach._replace(largest=False, samples=min(reach.samples, 2))
                 for sample in made[key] if reach is None else _some(made[key], reach):
                     yield Case(name, target, dtype, sample)
 
