@@ -37,10 +37,12 @@ test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well.
+# Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention
 TRITON_PARTS ?= 40
+TRITON_ONLY ?= not attention
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -q -k triton --durations=10 --deselect tests/test_triton_interpreter.py
+	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
 # Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/16" is CI's part.
