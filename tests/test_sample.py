@@ -14,7 +14,7 @@ from llmops import reference
 from llmops.testing import Target, targets
 from llmops.testing.specs.sample import SIZES, settings
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("sample"), ids=str)
 DTYPES = pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("fp32", "bf16", "fp16")
 )

@@ -124,8 +124,10 @@ class Target:
             _extension.select_isa(before)
 
 
-def targets() -> list[Target]:
+def targets(op: str | None = None) -> list[Target]:
     """Every backend usable here, the CPU kernels once per instruction set of this machine.
+
+    Of an operator of llmops, the backends that have it.
 
     Raises ImportError where the compiled extension is missing: its tests must fail, not vanish.
     """
@@ -143,7 +145,9 @@ def targets() -> list[Target]:
         found += [
             Target(name, "cuda") for name in ("triton", "cuda") if get(name).available() is None
         ]
-    return found
+    if op not in get("cpu").PASSES:
+        return found
+    return [t for t in found if op in get(t.backend).PASSES]
 
 
 # ---- calling and comparing -----------------------------------------------------------------------

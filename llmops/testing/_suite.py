@@ -86,7 +86,7 @@ def cases(spec: OpSpec) -> Iterator[Case]:
     """Every case of every check, in the order of CHECKS."""
     # Made once and shared by all checks and targets; no check changes them.
     made: dict[tuple[str, torch.dtype], list[Sample]] = {}
-    found = targets()
+    found = targets(spec.name)
     for name in checks_of(spec):
         reach = REACH.get(name)
         for target in found if reach is None or reach.every_target else found[-1:]:
