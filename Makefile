@@ -39,7 +39,7 @@ test-part: install
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well.
 # Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention
 TRITON_PARTS ?= 40
-TRITON_ONLY ?= not attention
+TRITON_ONLY ?= not attention or merge_attention
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py

@@ -348,7 +348,7 @@ def _backward_table(n: int) -> _config.Config:
     """Rows in flight, block, warps, and programs per processor: not measured yet; from
     ahead-of-time inspection. Five fp32 tiles are alive (dy, h, weight, two sums): beyond 8192
     elements they spill, beyond 4096 the next rows' copies do not fit AMD's shared memory; with
-    several rows at a time the held weight spills beyond 1024."""
+    the weight held, several rows of 4096 elements together spill."""
     if n > LONGEST_BACKWARD:
         return {"ROWS": 2, "BLOCK": 2048, "num_warps": 8, "PER_PROCESSOR": 2}
     config = _rows.tile(n, per_thread=16)

@@ -177,7 +177,8 @@ def dense(x: Tensor) -> Tensor:
 
 
 def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) -> _config.Config:
-    """Blocks, warps, stages and the chunk of D: not measured, but no registers spill."""
+    """Blocks, warps, stages and the chunk of D: not measured. Compiled for sm_90 in part, without
+    spills up to D = 128; on gfx942 16-bit forms spill scalar registers (benchmarks/NOTES.md)."""
     if architecture() == "interpreter":  # few programs, yet of several blocks in the tests
         return {"BLOCK_M": 64, "BLOCK_N": 64 if keys <= 256 else 256, "CHUNK": 256}
     amd = architecture().startswith("gfx")

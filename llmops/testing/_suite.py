@@ -94,9 +94,11 @@ def cases(spec: OpSpec) -> Iterator[Case]:
                 key = (target.device, dtype)
                 if key not in made:
                     made[key] = list(spec.samples(Make(dtype, target.device)))
-                if reach is not None and target.interpreted:
-                    reach = reach._replace(largest=False, samples=min(reach.samples, 2))
-                for sample in made[key] if reach is None else _some(made[key], reach):
+                chosen = made[key]
+                if reach is not None:
+                    large = reach.largest and not target.interpreted
+                    chosen = _some(chosen, reach._replace(largest=large))
+                for sample in chosen:
                     yield Case(name, target, dtype, sample)
 
 
