@@ -27,7 +27,7 @@ def as_matrices(*tensors: Tensor) -> list[Tensor]:
 
 
 def table(rows: int, n: int) -> _config.Config:
-    """Rows per program, block and warps: a guess, neither measured nor compiled ahead of time yet."""
+    """Rows per program, block and warps: a guess, neither measured nor compiled for a GPU yet."""
     block = min(_rows.power_of_2(n), _rows.TILE // 2)
     many = max(1, min(_rows.TILE // 2 // block, 16, _rows.power_of_2(rows)))
     return {"ROWS": many, "BLOCK": block, "num_warps": min(max(many * block // 512, 1), 4)}
