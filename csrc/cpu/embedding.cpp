@@ -52,7 +52,17 @@ LLMOPS_INLINE void add_rows(int64_t dim, const T* a, const T* b, const T* next, 
   if (left > 0) store_n(y + i, load_n(a + i, left) + load_n(b + i, left), left);
 }
 
-// One row of the gradient: the sum of `count` rows of grad, zero for none.
+// A row that no token has: most of them, and without the rounding that sum_rows would spend on them.
+LLMOPS_INLINE void zero_row(int64_t bytes, void* to, bool past_caches) {
+  if (!past_caches) {
+    __builtin_memset(to, 0, bytes);
+    return;
+  }
+  float* y = static_cast<float*>(to);
+  for (int64_t i = 0; i < bytes / static_cast<int64_t>(sizeof(float)); i += W) stream(y + i, zero());
+}
+
+// One row of the gradient: the sum of `count` rows of grad.
 template <class T>
 LLMOPS_INLINE void sum_rows(int64_t dim, const T* grad, int64_t step, const int64_t* order,
                             int64_t count, T* y, bool past_caches) {
@@ -120,8 +130,13 @@ void embedding_bwd_rows(DType type, int64_t dim, const void* grad, int64_t grad_
         stream && reinterpret_cast<uintptr_t>(dweight) % 64 == 0 && dim * sizeof(T) % 64 == 0;
     for (int64_t v = begin; v < end; ++v) {
       const int64_t count = v == padding_idx ? 0 : first[v + 1] - first[v];
-      sum_rows(dim, static_cast<const T*>(grad), grad_step, order + first[v], count,
-               static_cast<T*>(dweight) + v * dim, past_caches);
+      T* y = static_cast<T*>(dweight) + v * dim;
+      if (count == 0) {
+        zero_row(dim * sizeof(T), y, past_caches);
+      } else {
+        sum_rows(dim, static_cast<const T*>(grad), grad_step, order + first[v], count, y,
+                 past_caches);
+      }
     }
     if (past_caches) stream_fence();
   });
