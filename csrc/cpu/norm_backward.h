@@ -137,6 +137,15 @@ LLMOPS_INLINE void backward_block(const NormParams& p, const NormBackwardRows& r
     grads[k] = row_grad<kCenter>(p, at.dy[k], at.h[k]);
   }
   int64_t i = 0;
+  for (; i + kBlock <= p.n; i += kBlock) {
+    for (int k = 0; k < kCount; ++k) {  // the rows of the next block
+      prefetch_block(row_of<X>(rows.dy, rows.dy_step, first + kCount + k) + i);
+      prefetch_block(row_of<H>(rows.h, rows.h_step, first + kCount + k) + i);
+    }
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+      gradients_at<kCenter, kPlain, kParams, true>(p, rows, at, grads, i + j * W, W);
+    }
+  }
   for (; i + W <= p.n; i += W)
     gradients_at<kCenter, kPlain, kParams, true>(p, rows, at, grads, i, W);
   if (i < p.n)
