@@ -2,12 +2,11 @@
 //
 // Reading W is the cost: element size * N * K bytes for 2 * rows * N * K flops. x is copied once
 // into padded fp32 rows (bf16 ones for vdpbf16ps) and stays in cache; then W rows of weights at a
-// time are multiplied by all of x. One row of x: a short row of weights is one run through memory
-// with four accumulators; long ones are read eight side by side, because a processor fetches ahead
-// within a page of memory only, and eight pages at a time go nearly twice as fast. More: tiles of R
-// rows of x by W / R rows of weights, W accumulators, lanes along K. The W sums of a block are
-// formed by one reduction, the bias is added in fp32, and each result is rounded once. Many rows of
-// x go through in panels that stay in L2, which reads W once per panel.
+// time are multiplied by all of x, in tiles of R rows of x by W / R rows of weights, lanes along K.
+// The W rows come from eight runs through memory far apart: a processor fetches ahead within a page
+// only, and eight pages at a time go 1.5 times as fast as one. The W sums of a block are formed by
+// one reduction, the bias is added in fp32, and each result is rounded once. Many rows of x go
+// through in panels that stay in L2, which reads W once per panel.
 #include "linear.h"
 
 #include "dot_tile.h"
@@ -16,8 +15,7 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int kTile = W == 1 ? 1 : 4;       // rows of x per tile
-constexpr int kStreams = W < 8 ? W : 8;     // long rows of weights read side by side
-constexpr int64_t kLongRow = 2048;          // bytes: half a page
+constexpr int kStreams = W < 8 ? W : 8;     // runs through the weights
 constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
 
 template <class T>
@@ -56,44 +54,23 @@ LLMOPS_INLINE void pack_row(const T* x, int64_t k, float* out) {
     store(out + i, i < k ? load_n(x + i, static_cast<int>(k - i)) : zero());
 }
 
-// Lanes of x . w for one row of each; four accumulators hide the latency of the sum.
+// x . w without vectors: as many partial sums as AVX2 has lanes, since one alone rounds too often.
 template <class T>
-LLMOPS_INLINE Vec dot_row(const T* w, int64_t k, const float* x) {
-  Vec acc[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-#ifdef LLMOPS_HAS_DOT_PAIRS
-  if constexpr (Pairs<T>::value) {
-    for (; i + 8 * W <= k; i += 8 * W) {
-      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) acc[j] =
-          dot_pairs(load(x + i / 2 + j * W), load_pairs(w + i + 2 * j * W), acc[j]);
-    }
-    for (; i < k; i += 2 * W) {
-      const int left = static_cast<int>(k - i < 2 * W ? k - i : 2 * W);
-      acc[0] = dot_pairs(load(x + i / 2), load_pairs_n(w + i, left), acc[0]);
-    }
-    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
-  }
-#endif
-  for (; i + 4 * W <= k; i += 4 * W) {
-    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) acc[j] =
-        fma(load(x + i + j * W), load(w + i + j * W), acc[j]);
-  }
-  for (; i + W <= k; i += W) acc[0] = fma(load(x + i), load(w + i), acc[0]);
-  if (i < k) acc[1] = fma(load(x + i), load_n(w + i, static_cast<int>(k - i)), acc[1]);
-  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+LLMOPS_INLINE float dot_plain(const T* w, int64_t k, const float* x) {
+  float part[8] = {};
+  for (int64_t i = 0; i < k; ++i) part[i % 8] += x[i] * to_float(w[i]);
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
 // sums[r][t] = x[r] . w[t] for R rows of x and the block's W rows of weights.
 template <class T, int R>
 LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float (*sums)[W]) {
   Vec acc[W];
-  if constexpr (R == 1) {
-    if (W > 1 && k * static_cast<int64_t>(sizeof(T)) >= kLongRow) {
-      for (int t = 0; t < W; t += kStreams)
-        dot_tile<T, Pairs<T>::value, 1, kStreams>(w + t, k, x, 0, acc + t);
-    } else {
-      for (int t = 0; t < W; ++t) acc[t] = dot_row(w[t], k, x);
-    }
+  if constexpr (W == 1) {
+    sums[0][0] = dot_plain(w[0], k, x);
+  } else if constexpr (R == 1) {
+    for (int t = 0; t < W; t += kStreams)
+      dot_tile<T, Pairs<T>::value, 1, kStreams>(w + t, k, x, 0, acc + t);
     store(sums[0], reduce_each(acc));
   } else {
     constexpr int kColumns = W / R;
@@ -108,27 +85,50 @@ LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float
   }
 }
 
+// Which rows of weights make up a block: kStreams runs through memory, each going on where the
+// block before stopped. What is left when all runs are equally long are blocks of neighbours.
+class Blocks {
+ public:
+  Blocks(int64_t begin, int64_t end) : begin_(begin), end_(end), run_((end - begin) / W * kDepth) {}
+  // The W rows of the block whose first is `n` (begin, then what next gave); past the end the last
+  // row again, computed and not kept. Returns how many are kept.
+  int rows(int64_t n, int64_t* row) const {
+    const bool in_runs = n < begin_ + run_;
+    LLMOPS_UNROLL for (int t = 0; t < W; ++t) {
+      row[t] = n + (in_runs ? t % kStreams * run_ + t / kStreams : t);
+      if (row[t] >= end_) row[t] = end_ - 1;
+    }
+    return in_runs || end_ - n > W ? W : static_cast<int>(end_ - n);
+  }
+  int64_t next(int64_t n) const {
+    if (n >= begin_ + run_) return n + W;
+    return n + kDepth < begin_ + run_ ? n + kDepth : begin_ + kStreams * run_;
+  }
+
+ private:
+  static constexpr int kDepth = W / kStreams;
+  int64_t begin_, end_, run_;
+};
+
 template <class T, int R>
 LLMOPS_INLINE void run(const LinearParams& p, const float* packed, int64_t first, int64_t last,
                        int64_t begin, int64_t end) {
   const int64_t stride = packed_stride<T>(p.k);
   const T* weights = static_cast<const T*>(p.w);
-  for (int64_t n = begin; n < end; n += W) {
-    const int count = static_cast<int>(end - n < W ? end - n : W);
-    const T* w[W];  // past the end the last row again: computed and not kept
-    LLMOPS_UNROLL for (int t = 0; t < W; ++t) w[t] =
-        weights + (n + (t < count ? t : count - 1)) * p.w_stride;
-    const Vec bias = p.bias ? load_n(static_cast<const T*>(p.bias) + n, count) : zero();
+  const T* bias = static_cast<const T*>(p.bias);
+  const Blocks blocks(begin, end);
+  for (int64_t n = begin; n < end; n = blocks.next(n)) {
+    int64_t row[W];
+    const int count = blocks.rows(n, row);
+    const T* w[W];
+    LLMOPS_UNROLL for (int t = 0; t < W; ++t) w[t] = weights + row[t] * p.w_stride;
     for (int64_t r = first; r < last; r += R) {
       float sums[R][W];
       dot_block<T, R>(w, p.k, packed + r * stride, sums);
-      T* y = static_cast<T*>(p.y) + r * p.y_stride + n;
       for (int i = 0; i < R && r + i < last; ++i) {
-        if (count == W) {
-          store(y + i * p.y_stride, load(sums[i]) + bias);
-        } else {
-          store_n(y + i * p.y_stride, load(sums[i]) + bias, count);
-        }
+        T* y = static_cast<T*>(p.y) + (r + i) * p.y_stride;
+        for (int t = 0; t < count; ++t)
+          from_float(bias ? sums[i][t] + to_float(bias[row[t]]) : sums[i][t], y + row[t]);
       }
     }
   }
