@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _sequences
-from llmops.ops._op import Op
+from llmops.ops._op import Op, shortcut
 from llmops.ops.attention import PLAIN, _heads_like, _laid_out, checked_modifiers
 
 _OP = "attention_kvcache"
@@ -81,6 +81,18 @@ def attention_kvcache(
     Source: Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023. flash-attn's
     flash_attn_with_kvcache counts the same way when it is given no new k and v.
     """
+    plain = window is None and alibi_slopes is None and softcap is None and sinks is None
+    raw = _raw(q, k_cache, v_cache, cache_seqlens) if plain and backend is None else None
+    if raw is not None:
+        try:
+            if scale is None:
+                scale = _scale(q)
+            out, lse = raw(
+                q, k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, causal, scale
+            )
+            return (out, lse) if return_lse else out
+        except RuntimeError:
+            pass  # the checks below say what is wrong
     if _autocast.enabled(q):
         q, k_cache, v_cache = _autocast.lowered(q, k_cache, v_cache)
     _check_tensors(q, k_cache, v_cache, cache_seqlens, block_table, cache_leftpad)
@@ -88,21 +100,25 @@ def attention_kvcache(
     if block_table is not None:
         features += ("block_table",)
     modifiers = PLAIN
-    if not (window is None and alibi_slopes is None and softcap is None and sinks is None):
+    if not plain:
         modifiers, extra = checked_modifiers(
             _OP, q, q.shape[0], window, alibi_slopes, softcap, sinks, 0.0, None
         )
         features += extra
     name = resolve(_OP, q.device, q.dtype, features, backend)
     if scale is None:
-        dim = q.shape[3]
-        scale = 1.0 / math.sqrt(dim) if dim else 1.0
+        scale = _scale(q)
     arguments = (q, k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, causal, scale)
     if name == "reference" and not _is_compiling():
         out, lse = _reference(*arguments, *modifiers[:5])
     else:
         out, lse = _attention_kvcache(*arguments, *modifiers[:5], name)
     return (out, lse) if return_lse else out
+
+
+def _scale(q: Tensor) -> float:
+    dim = q.shape[-1]
+    return 1.0 / math.sqrt(dim) if dim else 1.0
 
 
 def _check_tensors(
@@ -133,6 +149,8 @@ def _check_tensors(
 
 
 # ---- the operator --------------------------------------------------------------------------------
+
+_raw = shortcut(_OP, ("causal",))
 
 
 def _reference(

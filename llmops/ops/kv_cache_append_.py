@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _sequences
-from llmops.ops._op import LIBRARY
+from llmops.ops._op import LIBRARY, shortcut
 
 _OP = "kv_cache_append_"
 _is_compiling = torch.compiler.is_compiling
@@ -56,6 +56,18 @@ def kv_cache_append_(
         sequence that do not fit Tmax or the block table, and those whose block the cache has not,
         are not written, and two sequences that name one block overwrite each other.
     """
+    raw = _raw(k, v, k_cache, v_cache, cache_seqlens) if backend is None else None
+    if raw is not None:
+        try:
+            if block_table is None:  # a None left out is an argument less to convert
+                raw(k_cache, v_cache, k, v, cache_seqlens)
+            else:
+                raw(k_cache, v_cache, k, v, cache_seqlens, block_table)
+        except RuntimeError:
+            pass  # nothing was written, and the checks below say what is wrong
+        else:
+            _written(k_cache, v_cache)
+            return k_cache, v_cache
     _check_tensors(k_cache, v_cache, k, v, cache_seqlens, block_table)
     _refuse_gradients(k_cache, v_cache, k, v)
     features = ("block_table",) if block_table is not None else ()
@@ -117,6 +129,8 @@ def _check_tensors(
 
 # ---- the operator --------------------------------------------------------------------------------
 
+_raw = shortcut(_OP)
+
 
 def _forward(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor,
@@ -130,7 +144,11 @@ def _forward(
         reference.kv_cache_append_(k_cache, v_cache, k, v, cache_seqlens, block_table=block_table)
         return
     backends.get(backend).kv_cache_append_(k_cache, v_cache, k, v, cache_seqlens, block_table)
-    # Tells autograd that earlier operations which saved a cache must not use it any more.
+    _written(k_cache, v_cache)
+
+
+def _written(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Tells autograd that earlier operations which saved a cache must not use it any more."""
     if not torch.is_inference_mode_enabled():
         torch.autograd.graph.increment_version(
             [t for t in (k_cache, v_cache) if not t.is_inference()]

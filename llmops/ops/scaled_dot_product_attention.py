@@ -57,6 +57,8 @@ def scaled_dot_product_attention(
     What attention has no form for (more than 4 dimensions, batches that broadcast, fp64, nested
     tensors) goes to torch's own function, unless a backend is named.
     """
+    if attn_mask is None and dropout_p == 0.0 and _is_plain(query, key, value, is_causal):
+        return attention(query, key, value, causal=is_causal, scale=scale, backend=backend)  # type: ignore[return-value]
     _check.floating("scaled_dot_product_attention", "query", query)
     if is_causal and attn_mask is not None:
         raise RuntimeError(
@@ -91,6 +93,22 @@ def scaled_dot_product_attention(
     for _ in range(missing):
         out = out.squeeze(0)
     return out
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    """True for the common forms, in which llmops.attention means the same argument by argument."""
+    try:
+        shape = k.shape
+        return (
+            (q.shape == shape or (not causal and q.shape[:2] == shape[:2] and q.dim() == 4))
+            and v.shape == shape
+            and len(shape) == 4
+            and q.shape[3] == shape[3] > 0
+            and q.dtype == k.dtype == v.dtype != torch.float64
+            and q.is_floating_point()
+        )
+    except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+        return False
 
 
 def _attend(
