@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import llmops
+from llmops.integrations.patch import _measure
 from llmops.integrations.patch._report import Entry, Report
 from llmops.integrations.transformers import registration
 from llmops.integrations.transformers.modules import BloomAttention
@@ -68,7 +69,10 @@ def _patch_attention(
         if reason is not None:
             report.left.append(Entry(name, f"attention ({implementation})", reason=reason))
             continue
-        report.replaced.append(Entry(name, f"attention ({implementation})", "attention"))
+        kind, speedup = f"attention ({implementation})", None
+        if report.dry_run:
+            speedup = _gain(model, implementation)
+        report.replaced.append(Entry(name, kind, "attention", speedup=speedup))
         if not report.dry_run:
             registration.register()
             copied = copy.deepcopy(model.config, memo)
@@ -106,6 +110,28 @@ def _attention_left(model: Any, wanted: set[str]) -> str | None:
     ):
         return f"{type(model).__name__} supports its own attention only"
     return None
+
+
+def _gain(model: Any, implementation: str | None) -> float | None:
+    """Of attention alone, on heads of the model's own size."""
+    config = model.config
+    tensor = next(model.parameters(), None)
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if tensor is None or tensor.is_meta or not heads or not width or implementation != "sdpa":
+        return None
+    dim = getattr(config, "head_dim", None) or width // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    q, k, v = (
+        torch.randn(1, n, 2 * _measure.ROWS, dim, dtype=tensor.dtype, device=tensor.device)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    group = kv_heads != heads
+
+    def theirs() -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group)
+
+    return _measure.ratio(theirs, lambda: llmops.attention(q, k, v, causal=True), q.device)
 
 
 # ---- the loss ------------------------------------------------------------------------------------

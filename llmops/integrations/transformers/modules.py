@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmops
+from llmops.backends import get
 from llmops.integrations.patch import _swap
 from llmops.integrations.patch._rules import Rule, served
 from llmops.integrations.patch._swap import Replaced
@@ -66,6 +67,26 @@ class BloomAttention(Replaced):
         return F.dropout(y, m.hidden_dropout, m.training) + residual, None
 
 
+class Conv1D(Replaced):
+    """GPT-2's projections, whose weight [in, out] lies transposed. Where the processor has no
+    16-bit products torch's own takes fifty times as long as one in fp32."""
+
+    weight: Tensor
+    bias: Tensor
+    forward: Any
+    _llmops_wide: tuple[torch.dtype, ...]  # dtypes whose products are better taken in fp32
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[no-redef]
+        weight = self.weight
+        if not (x.is_cpu and x.dtype in self._llmops_wide and weight.dtype == x.dtype) or (
+            torch.is_autocast_enabled("cpu")
+        ):
+            return super().forward(x)  # type: ignore[misc]
+        rows = x.reshape(-1, x.shape[-1]).float()
+        y = torch.addmm(self.bias.float(), rows, weight.float()).to(x.dtype)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+
 def _to_add(mask: Tensor | None, x: Tensor, cache: Any, layer: Any) -> Tensor:
     """The mask that BLOOM's own forward adds."""
     if mask is not None and mask.dtype != torch.bool:
@@ -91,11 +112,21 @@ def rule(module: nn.Module) -> Rule | str | None:
         reason = _swap.why_not(module, cls) or _probed(cls)
         hides = ("attention_dropout",)
         return reason or Rule(cls, "attention", BloomAttention, hides=hides)
-    if (
-        type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    ):
-        return "its weight lies transposed, and torch's own product serves that"
+    name, home = type(module).__name__, type(module).__module__
+    if home.startswith("transformers.") and name.endswith("RotaryEmbedding"):
+        return "it makes tables; the rotation is a function in the model's file, out of reach"
+    if name == "Conv1D" and home == "transformers.pytorch_utils":
+        cpu = get("cpu")
+        wide: tuple[torch.dtype, ...] = ()
+        if cpu.available() is None:
+            wide = tuple(d for d in (torch.bfloat16, torch.float16) if cpu.widens_products(d))
+        if not wide:
+            return "its weight lies transposed, and torch's own product serves that"
+        cls = type(module)
+        note = "16-bit products in fp32; in fp32 torch's own"
+        state = {"_llmops_wide": wide}
+        reason = _swap.why_not(module, cls)
+        return reason or Rule(cls, "linear", Conv1D, note=note, state=state)
     return None
 
 
