@@ -65,6 +65,7 @@ def _cases(name: str, dtype: torch.dtype, plain: Any, patched: Any) -> Iterator[
     weights = sum(p.numel() for p in plain.parameters())
     size = torch.finfo(dtype).bits // 8
     computed = weights if decoder else weights - embedding
+    weigh = torch.randn(1, PROMPT, plain.config.hidden_size)
 
     def forward(model: Any) -> Any:
         def run() -> Tensor:
@@ -80,7 +81,7 @@ def _cases(name: str, dtype: torch.dtype, plain: Any, patched: Any) -> Iterator[
             if decoder:
                 loss = model(ids, labels=ids).loss
             else:
-                loss = model(ids).last_hidden_state.float().square().mean()
+                loss = (model(ids).last_hidden_state.float() * weigh).sum()
             return (loss, *torch.autograd.grad(loss, parameters, allow_unused=True))
 
         return run
@@ -100,6 +101,11 @@ def _cases(name: str, dtype: torch.dtype, plain: Any, patched: Any) -> Iterator[
             logits = copy.deepcopy(plain).float()(tokens[:, :-1]).logits
         return logits.gather(2, tokens[:, 1:, None])[..., 0] / logits.amax(-1)
 
+    def together(results: tuple[Tensor, ...]) -> Tensor:
+        """Loss and gradients in one: some gradients are zero but for rounding."""
+        return torch.cat([r.flatten().float() for r in results if r is not None])
+
+    evidence = {"generate": likelihood, "train": together}
     passes = [("fwd", forward, 1, PROMPT), ("train", train, 3, PROMPT)]
     if decoder:
         passes.append(("generate", generate, NEW, 1))
@@ -117,5 +123,5 @@ def _cases(name: str, dtype: torch.dtype, plain: Any, patched: Any) -> Iterator[
             torch_name="transformers",
             tokens=NEW if which == "generate" else PROMPT,
             model=name.split(",")[0],
-            evidence=likelihood if which == "generate" else None,
+            evidence=evidence.get(which),
         )
