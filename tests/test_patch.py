@@ -204,6 +204,26 @@ def test_patch_twice_is_once() -> None:
     assert not llmops.unpatch(model).replaced
 
 
+def test_patch_and_parametrizations() -> None:
+    """Both change a module's class: neither takes the other's back."""
+    from torch.nn.utils import parametrizations
+
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    before = model(x)
+    report = llmops.patch(model)
+    assert [e.name for e in report.replaced] == ["1"]
+    assert any(e.name == "0" and "parametrized" in e.reason for e in report.left)
+    parametrizations.weight_norm(model[1])
+    assert distance(model(x), before) < 1e-5
+    left = llmops.unpatch(model).left
+    assert [e.name for e in left] == ["1"] and "changed after the patch" in left[0].reason
+    torch.nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    llmops.unpatch(model)
+    assert type(model[1]) is nn.Linear
+    assert distance(model(x), before) < 1e-5
+
+
 def test_patch_serves_dtypes_of_no_kernel_as_before() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Softmax(-1)).double()
     x = torch.randn(3, 8, dtype=torch.float64)

@@ -201,6 +201,40 @@ def test_attn_implementation_alone(name: str) -> None:
     assert torch.equal(logits(model, given), logits(expected, given))
 
 
+def test_attn_implementation_alone_is_refused_where_it_would_be_wrong() -> None:
+    """BLOOM's layers add whatever mask they get: None would be no mask at all."""
+    register()
+    model = BY_NAME["bloom"].build(attn_implementation="llmops")
+    with pytest.raises(NotImplementedError, match=r"the layers of bloom do not go .*llmops.patch"):
+        model(**inputs(BY_NAME["bloom"]))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bloom"])
+def test_patched_model_saves_as_transformers_own(name: str, tmp_path: Any) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    llmops.patch(model)
+    model.save_pretrained(tmp_path)
+    assert "llmops" not in (tmp_path / "config.json").read_text()
+    again = type(model).from_pretrained(tmp_path).eval()
+    given = inputs(family)
+    assert distance(logits(again, given), logits(model, given)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bloom", "bert"])
+def test_patched_model_checkpoints_activations(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    llmops.patch(model)
+    given = inputs(family)
+    model.train()
+    wanted = gradients(model, given)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = gradients(model, given)
+    for gradient_name, gradient in wanted.items():
+        assert distance(got[gradient_name], gradient, 1e-2) < 1e-5, gradient_name
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "bart", "vit"])
 def test_patch_drops_weights_in_training_only(name: str) -> None:
     """Dropout of the attention weights: off in eval, on in train, repeated by the seed."""

@@ -105,7 +105,7 @@ def _cases(name: str, dtype: torch.dtype, plain: Any, patched: Any) -> Iterator[
         """Loss and gradients in one: some gradients are zero but for rounding."""
         return torch.cat([r.flatten().float() for r in results if r is not None])
 
-    evidence = {"generate": likelihood, "train": together}
+    evidence: dict[str, Any] = {"generate": likelihood, "train": together}
     passes = [("fwd", forward, 1, PROMPT), ("train", train, 3, PROMPT)]
     if decoder:
         passes.append(("generate", generate, NEW, 1))

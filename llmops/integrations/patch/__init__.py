@@ -28,7 +28,6 @@ OPS = (
     "layer_norm",
     "linear",
     "rms_norm",
-    "rope",
     "softmax",
     "swiglu",
 )
@@ -92,13 +91,19 @@ def unpatch(model: nn.Module) -> Report:
     they had, the configuration is the object it was.
 
     Returns:
-        Report, whose `replaced` names what was restored.
+        Report, whose `replaced` names what was restored, and `left` what could not be.
     """
     _check(model, "unpatch")
     report = Report()
     for name, module in model.named_modules():
+        kind = type(module).__name__
+        if not _swap.is_replaced(module):
+            continue
         if _swap.restore(module):
-            report.replaced.append(Entry(name, type(module).__name__, "its own"))
+            report.replaced.append(Entry(name, kind, "its own"))
+        else:
+            reason = "its class was changed after the patch, by a parametrization, say"
+            report.left.append(Entry(name, kind, reason=f"{reason}; take that back first"))
     if (hf := _transformers()) is not None:
         hf.unpatch_model(model, report)
     return report

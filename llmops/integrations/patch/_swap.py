@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _made: dict[tuple[type, type], type] = {}
 
@@ -60,6 +61,8 @@ def why_not(module: nn.Module, base: type) -> str | None:
         return f"{cls.__name__} has a forward of its own"
     if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:
         return f"{cls.__name__} is pickled in a way of its own"
+    if is_parametrized(module):
+        return "it is parametrized, which is by its class, too"
     own = module.__dict__.get("forward")
     if own is not None and not _is_accelerates(module):
         return "its forward was replaced on the instance by other code"
@@ -74,11 +77,15 @@ def swap(module: nn.Module, mixin: type, state: Mapping[str, Any] | None = None)
     _rebind(module, before.forward)
 
 
+def is_replaced(module: nn.Module) -> bool:
+    return isinstance(module, Replaced)
+
+
 def restore(module: nn.Module) -> bool:
-    """True where the module had been replaced."""
-    if not isinstance(module, Replaced):
-        return False
+    """True where the module had been replaced, and has still the class that it was given then."""
     before = type(module)
+    if not isinstance(module, Replaced) or before not in _made.values():
+        return False
     module.__class__ = module._llmops_original
     for name in [n for n in module.__dict__ if n.startswith("_llmops_")]:
         del module.__dict__[name]

@@ -76,7 +76,9 @@ def _patch_attention(
         if not report.dry_run:
             registration.register()
             copied = copy.deepcopy(model.config, memo)
-            copied._attn_implementation_internal = registration.NAME
+            by_interface = _can_set(model)
+            name = registration.NAME if by_interface else registration.OF_LAYERS
+            copied._attn_implementation_internal = name
     if not memo:
         return
     for module in root.modules():
@@ -90,7 +92,7 @@ def _patch_attention(
 def _attention_left(model: Any, wanted: set[str]) -> str | None:
     config = model.config
     implementation = config._attn_implementation
-    if implementation == registration.NAME:
+    if implementation in (registration.NAME, registration.OF_LAYERS):
         return "it is llmops already"
     if "attention" not in wanted:
         return "ops does not name attention"
@@ -100,7 +102,7 @@ def _attention_left(model: Any, wanted: set[str]) -> str | None:
         return "paged attention has a cache of its own"
     if implementation == "eager" and getattr(config, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn asks for transformers' own"
-    if not getattr(model, "_can_set_attn_implementation", lambda: False)():
+    if not _can_set(model):
         if any(isinstance(m, BloomAttention) for m in model.modules()):
             return None  # its layers were replaced, and take our mask
         return f"{type(model).__name__} does not go by transformers' attention interface"
@@ -110,6 +112,10 @@ def _attention_left(model: Any, wanted: set[str]) -> str | None:
     ):
         return f"{type(model).__name__} supports its own attention only"
     return None
+
+
+def _can_set(model: Any) -> bool:
+    return bool(getattr(model, "_can_set_attn_implementation", lambda: False)())
 
 
 def _gain(model: Any, implementation: str | None) -> float | None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from typing import Any
+
+from torch import Tensor
 
 from llmops.integrations.transformers.attention import _OF_OTHERS, SERVED, attention
 
 NAME = "llmops"
+# Of a model whose layers patch() replaced since they do not go by the interface.
+OF_LAYERS = "llmops_layers"
 TESTED = "5.24"
 
 
@@ -30,8 +36,40 @@ def register() -> None:
     if (reason := why_not()) is not None:
         raise NotImplementedError(f"llmops: {reason}")
     AttentionInterface.register(NAME, attention)
-    # A bool mask, or None where the layer's is_causal says the same: what the kernels like best.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(OF_LAYERS, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    AttentionMaskInterface.register(OF_LAYERS, sdpa_mask)
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for "sdpa": bool, or None where the layer's is_causal says the same.
+
+    Raises:
+        NotImplementedError: the model's layers do not go by the interface. They would add this mask
+            to their scores, and nothing would say that the result is wrong.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    model = getattr(kwargs.get("config"), "model_type", None)
+    if model is not None and not _goes_by_interface(model):
+        raise NotImplementedError(
+            f'attn_implementation="llmops": the layers of {model} do not go by transformers\' '
+            "attention interface; load it without, and call llmops.patch(model)"
+        )
+    found: Tensor | None = sdpa_mask(*args, **kwargs)
+    return found
+
+
+def _goes_by_interface(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    name = model_type_to_module_name(model_type)
+    module = sys.modules.get(f"transformers.models.{name}.modeling_{name}")
+    return module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+
+
+# As in llmops/dispatch.py: a compiler takes the answer, and need not trace how it is found.
+_goes_by_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not() -> str | None:
