@@ -308,3 +308,47 @@ def test_patch_says_what_changed_beneath(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "passes attention temperature" in left["attention (sdpa)"]
     assert " is not 5.0, for which this was tested" in report.notes[0]
     assert {e.op for e in report.replaced} == {"linear", "embedding", "swiglu", "cross_entropy"}
+
+
+def test_patch_looks_at_modules_whatever_is_set_around_it() -> None:
+    """A default dtype, device, autocast or backend of the caller's changes no decision."""
+    from llmops.integrations.patch import _behaviour
+    from llmops.integrations.transformers import modules
+
+    def replaced(name: str) -> set[tuple[str, str | None]]:
+        _behaviour._known.clear()
+        modules._bloom_reason.clear()
+        model = BY_NAME[name].build()
+        return {(e.name, e.op) for e in llmops.patch(model).replaced}
+
+    for name in ("gemma2", "bloom"):
+        expected = replaced(name)
+        model = BY_NAME[name].build()
+        _behaviour._known.clear()
+        modules._bloom_reason.clear()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with (
+                torch.device("meta"),
+                torch.autocast("cpu", torch.bfloat16),
+                llmops.use_backend("triton"),
+            ):
+                report = llmops.patch(model)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {(e.name, e.op) for e in report.replaced} == expected
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_patched_model_exports(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    llmops.patch(model)
+    given = inputs(family)
+    more = {} if name == "bert" else {"use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {**given, **more}, strict=False)
+        assert "llmops" in str(program.graph)
+        got = program.module()(**given, **more).logits
+    mask = given["attention_mask"].bool()
+    assert distance(got[mask], logits(model, given)) < 1e-5

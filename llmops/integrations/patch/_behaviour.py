@@ -128,7 +128,14 @@ def rule(module: nn.Module) -> Rule | str | None:
     cls = type(module)
     key = (cls, _settings(module))
     if key not in _known:
-        _known[key] = _swap.why_not(module, cls) or examine(module)
+        # Whatever the caller has set: small, in fp32, on the CPU, by the specification.
+        with (
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            llmops.use_backend("reference"),
+        ):
+            _known[key] = _swap.why_not(module, cls) or examine(module)
     # The instance may have what its class has not.
     return _swap.why_not(module, cls) or _known[key]
 
@@ -150,8 +157,8 @@ def _candidate(module: nn.Module) -> Callable[[Any], Rule | str] | None:
 
 def _rms_norm(module: Any) -> Rule | str:
     cls = type(module)
-    weights = torch.rand(16) + 0.5
-    inputs = torch.randn(3, 16)
+    weights = torch.rand(16, dtype=torch.float32) + 0.5
+    inputs = torch.randn(3, 16, dtype=torch.float32)
     halves = (torch.float32, torch.bfloat16)
     for offset, out in product((0.0, 1.0), ("x", "weight", "both")):
         state = {"_llmops_eps": _eps(module), "_llmops_offset": offset, "_llmops_out": out}
@@ -195,13 +202,13 @@ def _gated(module: Any) -> Rule | str:
                     setattr(stand_in, name, child if name == act else nn.Identity())
             generator = torch.Generator().manual_seed(0)
             for name, (inputs, outputs) in sizes.items():
-                linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+                linear = nn.Linear(inputs, outputs, dtype=torch.float32)
                 for p in linear.parameters():
                     p.data.normal_(generator=generator)
                 setattr(stand_in, name, linear)
             return stand_in
 
-        if _same(cls, mixin, state, [(build, torch.randn(3, 8))]):
+        if _same(cls, mixin, state, [(build, torch.randn(3, 8, dtype=torch.float32))]):
             op = "swiglu" if kind == "silu" else "geglu"
             return Rule(cls, op, mixin, hides=(act,), state=state)
     return _changed(module, "the gated MLP that it is built like")
@@ -211,7 +218,7 @@ def _kind(act: nn.Module) -> str | None:
     """Which of _ACTIVATIONS it computes."""
     if next(act.parameters(), None) is not None:
         return None
-    x = torch.linspace(-8, 8, 257)
+    x = torch.linspace(-8, 8, 257, dtype=torch.float32)
     try:
         with torch.no_grad():
             y = type(act).forward(act, x)
@@ -254,7 +261,7 @@ def _stand_in(module: nn.Module) -> Any:
 
 def _same(cls: Any, mixin: type, state: dict[str, Any], cases: list[Any]) -> bool:
     """Whether the replacement gives what the class does: the dtype and, within rounding, values."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         for build, x in cases:
             theirs, ours = build(), build()
             _swap.swap(ours, mixin, state)

@@ -48,10 +48,12 @@ def _inputs(
     if rule.op == "linear":
         return (randn(1, original.in_features),)
     if rule.op in ("swiglu", "geglu"):
-        first = next(m for m in original.modules() if isinstance(m, nn.Linear))
-        return (randn(1, ROWS, first.in_features),)
+        first = next((m for m in original.modules() if isinstance(m, nn.Linear)), None)
+        return None if first is None else (randn(1, ROWS, first.in_features),)
     if rule.op in ("layer_norm", "rms_norm"):
-        return (randn(ROWS, *next(original.parameters()).shape),)
+        weight = next(original.parameters(), None)
+        shape = original.normalized_shape if weight is None else weight.shape
+        return (randn(ROWS, *shape),)
     if rule.op in ("softmax", "gelu"):
         return (randn(ROWS, 1024),)
     if isinstance(original, nn.MultiheadAttention):

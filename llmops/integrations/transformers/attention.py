@@ -17,13 +17,14 @@ import llmops
 from llmops import FallbackWarning
 
 # What models pass on to any attention function and attention has no use for: positions are in q, k
-# and the mask by then, the others speak of the cache, the loss or the model's outputs.
+# and the mask by then, the kernels are deterministic, and the others speak of the cache, the loss
+# or the model's outputs.
 _OF_OTHERS = frozenset(
     {
-        "cache", "cache_position", "layer_idx", "logits_to_keep", "num_items_in_batch",
-        "output_hidden_states", "output_router_logits", "past_key_value", "past_key_values",
-        "position_embeddings", "position_ids", "return_dict", "seq_idx", "token_type_ids",
-        "use_cache",
+        "cache", "cache_position", "deterministic", "layer_idx", "logits_to_keep",
+        "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_value",
+        "past_key_values", "position_embeddings", "position_ids", "return_dict", "seq_idx",
+        "token_type_ids", "use_cache",
     }
 )  # fmt: skip
 # Beside q, k, v and the mask: what `attention` below names, for the check against transformers.

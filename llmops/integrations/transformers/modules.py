@@ -144,15 +144,24 @@ def _probe(cls: Any) -> str | None:
     import transformers
 
     changed = f"BloomAttention of transformers {transformers.__version__} computes something else"
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        llmops.use_backend("reference"),
+    ):
         try:
             config = transformers.BloomConfig(hidden_size=16, n_head=2, n_layer=1, vocab_size=8)
-            layer = cls(config, layer_idx=0).eval()
-            x, residual = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
-            alibi = torch.randn(4, 1, 5)
+            layer = cls(config, layer_idx=0).float().eval()
+            x, residual = (
+                torch.randn(2, 5, 16, dtype=torch.float32),
+                torch.randn(2, 5, 16, dtype=torch.float32),
+            )
+            alibi = torch.randn(4, 1, 5, dtype=torch.float32)
             keep = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
             lowest = torch.finfo(torch.float32).min
-            added = torch.zeros(1, 1, 5, 5).masked_fill(~keep, lowest)
+            added = torch.zeros(1, 1, 5, 5, dtype=torch.float32).masked_fill(~keep, lowest)
             expected = layer(x, residual, alibi, added)[0]
             _swap.swap(layer, BloomAttention)
             for mask in (added, keep, None):
