@@ -94,7 +94,7 @@ def unpatch(model: nn.Module) -> Report:
         Report, whose `replaced` names what was restored, and `left` what could not be.
     """
     _check(model, "unpatch")
-    report = Report()
+    report = Report(undone=True)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if not _swap.is_replaced(module):

@@ -26,17 +26,20 @@ class Report:
         replaced, left: the entries.
         notes: what concerns the whole, such as a version of a library that was not tested.
         dry_run: nothing was changed, and the entries of `replaced` hold measured speedups.
+        undone: it is unpatch's.
     """
 
     replaced: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
+    undone: bool = False
 
     def __str__(self) -> str:
-        verb = "would replace" if self.dry_run else "replaced"
+        what = "patch would replace" if self.dry_run else "patch replaced"
+        what = "unpatch restored" if self.undone else what
         total = len(self.replaced) + len(self.left)
-        lines = [f"llmops.patch {verb} {len(self.replaced)} of {total}:"]
+        lines = [f"llmops.{what} {len(self.replaced)} of {total}:"]
         lines += [f"  {line}" for line in self._grouped(self.replaced)] or ["  nothing"]
         if self.left:
             lines += ["left alone:", *(f"  {line}" for line in self._grouped(self.left))]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import llmops
 from llmops.integrations.patch import _measure
 from llmops.integrations.patch._report import Entry, Report
+from llmops.integrations.patch._rules import SERVED
 from llmops.integrations.transformers import registration
 from llmops.integrations.transformers.modules import BloomAttention
 
@@ -124,7 +125,9 @@ def _gain(model: Any, implementation: str | None) -> float | None:
     tensor = next(model.parameters(), None)
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
-    if tensor is None or tensor.is_meta or not heads or not width or implementation != "sdpa":
+    if tensor is None or tensor.is_meta or not heads or not width:
+        return None
+    if implementation not in ("sdpa", "eager") or tensor.dtype not in SERVED:
         return None
     dim = getattr(config, "head_dim", None) or width // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -134,7 +137,16 @@ def _gain(model: Any, implementation: str | None) -> float | None:
     )
     group = kv_heads != heads
 
+    tokens = q.shape[2]
+    unseen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+    added = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
+    added.masked_fill_(unseen, torch.finfo(q.dtype).min)
+
     def theirs() -> Tensor:
+        if implementation == "eager":
+            keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+            scores = q @ keys.transpose(2, 3) * dim**-0.5 + added
+            return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group)
 
     return _measure.ratio(theirs, lambda: llmops.attention(q, k, v, causal=True), q.device)
@@ -204,10 +216,25 @@ def _patch_losses(
         if "cross_entropy" not in wanted:
             report.left.append(Entry(name, "loss", reason="ops does not name cross_entropy"))
             continue
-        report.replaced.append(Entry(name, f"loss ({current.__name__})", "cross_entropy"))
+        speedup = _loss_gain(model, current, known) if report.dry_run else None
+        kind = f"loss ({current.__name__})"
+        report.replaced.append(Entry(name, kind, "cross_entropy", speedup=speedup))
         if not report.dry_run:
             record["losses"].append((model, model.__dict__.get("_loss_function", _NONE)))
             model.loss_function = known
+
+
+def _loss_gain(model: Any, theirs: Any, ours: Any) -> float | None:
+    tensor, vocab = next(model.parameters()), getattr(model.config, "vocab_size", None)
+    if tensor.is_meta or not isinstance(vocab, int) or tensor.dtype not in SERVED:
+        return None
+    logits = torch.randn(1, _measure.ROWS, vocab, dtype=tensor.dtype, device=tensor.device)
+    labels = torch.randint(vocab, (1, _measure.ROWS), device=tensor.device)
+
+    def call(loss: Any) -> Any:
+        return lambda: loss(logits, labels, vocab_size=vocab)
+
+    return _measure.ratio(call(theirs), call(ours), tensor.device)
 
 
 def _goes_by_loss_function(model: Any) -> bool:
