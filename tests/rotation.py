@@ -8,7 +8,7 @@
 
 Every part holds all tests outside the kit and, for every op and dtype, results and gradients on the
 best instruction set (none under Triton's interpreter). What rotates is the kit's other cases and
-the tests marked `large`: each is in exactly one part.
+the tests marked `large` or `rotating`: each is in exactly one part.
 """
 
 from __future__ import annotations

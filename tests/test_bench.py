@@ -246,7 +246,7 @@ def test_bench_limits_bound_a_row_as_a_roofline_does() -> None:
 
 # Making linear_cross_entropy's takes half a minute where torch has no fast 16-bit product; its own
 # tests compare the two. Whole models follow below.
-APART = ("linear_cross_entropy", "model")
+APART = ("linear_cross_entropy", "model", "patched")
 
 
 @pytest.mark.parametrize("name", [n for n in cases.names() if n not in APART])
@@ -266,6 +266,15 @@ def test_bench_whole_model_agrees_with_plain_pytorch() -> None:
         harness.check(case)
         passes.append(case.passes)
     assert passes == 2 * ["prefill", "decode", "train", "generate"]
+
+
+def test_bench_patched_models_agree_with_themselves() -> None:
+    passes = set()
+    for case in cases.collect(["patched"], quick=True):
+        harness.check(case)
+        passes.add((case.model, case.passes))
+    assert {m for m, _ in passes} == {"Llama", "GPT-2", "BERT"}
+    assert {p for _, p in passes} == {"fwd", "train", "generate"}
 
 
 def test_bench_has_the_models_shapes_and_names_them() -> None:

@@ -21,7 +21,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def enabled(x: Any) -> bool:
     """Whether autocast is on where x is; False for what is no tensor, which a check refuses."""
-    return isinstance(x, Tensor) and _is_enabled(x.device.type)
+    return isinstance(x, Tensor) and not x.is_meta and _is_enabled(x.device.type)
 
 
 def lowered(x: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -38,6 +38,4 @@ def lowered(x: Tensor, *others: Any) -> tuple[Any, ...]:
 
 def wants_fp32(x: Any) -> bool:
     """Whether a norm or softmax of x is to give fp32: 16-bit x under autocast on a GPU."""
-    return (
-        isinstance(x, Tensor) and not x.is_cpu and x.dtype in _HALVES and _is_enabled(x.device.type)
-    )
+    return isinstance(x, Tensor) and not x.is_cpu and x.dtype in _HALVES and enabled(x)

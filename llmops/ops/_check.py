@@ -49,7 +49,7 @@ def integers(op: str, argument: str, ids: Any) -> None:
 def within(op: str, argument: str, ids: Tensor, rows: int, what: str, remedy: str = "") -> None:
     """IndexError where an id is outside [0, rows): for the reference, whose indexing would count a
     negative one from the end. The kernels check by themselves."""
-    if ids.numel() == 0:
+    if ids.numel() == 0 or ids.is_meta:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= rows:

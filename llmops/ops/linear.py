@@ -11,11 +11,13 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, shortcut
 
 # Up to here a call is bound by reading W, and the kernel reads it once.
 FEW_ROWS = 8
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def linear(
@@ -49,13 +51,10 @@ def linear(
             return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
         except RuntimeError:
             pass  # the checks below say what is wrong
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = torch.get_autocast_dtype(x.device.type) if _autocast.enabled(x) else None
     _check_arguments(x, weight, bias, autocast)
     dtype = _cast_to(weight.dtype, autocast)
-    features: tuple[str, ...] = (
-        ("many rows",) if math.prod(x.shape[:-1]) > FEW_ROWS else ("few rows",)
-    )
+    features: tuple[str, ...] = ("few rows",) if _few(x) else ("many rows",)
     if weight.dtype != dtype:
         features += ("autocast weight",)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
@@ -67,6 +66,17 @@ def linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return _linear(x, weight, bias, name)  # type: ignore[no-any-return]
+
+
+def _few(x: Tensor) -> bool:
+    """Whether x has few rows; in a graph for any number of rows, no: a question that its symbol
+    cannot answer would be another graph for each answer."""
+    rows = math.prod(x.shape[:-1])
+    if _is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(rows <= FEW_ROWS)
+    return rows <= FEW_ROWS
 
 
 def _is_few_rows(x: Tensor, weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The cases of each op, one same-named module with `cases(quick)` each; beside them overhead (per
-call), scaling (over rows), attention_grid (flash-attention's) and model (whole models)."""
+call), scaling (over rows), attention_grid (flash-attention's), model (whole models) and patched
+(transformers' models, patched and not)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from llmops.bench.harness import Case
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Cheap and telling ones first: a run that is cut short by its time has these.
-_LAST = ("model", "linear_cross_entropy", "attention_grid")
+_LAST = ("model", "patched", "linear_cross_entropy", "attention_grid")
 
 
 def names() -> list[str]:
