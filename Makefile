@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Pinned: an unpinned torch brings several gigabytes of CUDA libraries to machines without a GPU.
 TORCH ?= torch==2.13.0
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 2>/dev/null)
 
 .PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
 

@@ -4,27 +4,15 @@
 // the row is read twice (statistics, then result) and written once; both reads of a row up to
 // the cache's size come from L2. Maximum and sum are merged across lanes by shuffles and across
 // warps through shared memory. fp32 throughout. Milakov and Gimelshein 2018.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "softmax.h"
+
+#include "device.h"
 
 namespace llmops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr float kLog2e = 1.4426950408889634f;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ void from_float(float x, float* out) { *out = x; }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16* out) {
-  *out = __float2bfloat16(x);
-}
-__device__ __forceinline__ void from_float(float x, __half* out) { *out = __float2half(x); }
 
 // Maximum (in units of log2) and the sum of 2^(z - maximum) over some elements.
 struct Statistics {
@@ -53,7 +41,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     softmax_fwd_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t n,
                        int64_t x_stride, int64_t y_stride, float factor) {
-  __shared__ Statistics per_warp[kWarps];
+  LLMOPS_SHARED(Statistics, per_warp, kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // A grid's first dimension holds 2^31 - 1 blocks; more rows than blocks are looped over.
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -61,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
     T* to = y + row * y_stride;          // [n]
     Statistics s = {-INFINITY, 0.0f};
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const float z = to_float(from[i]) * factor;
+      const float z = to_float(load(from + i)) * factor;
       if (z > s.top) {
         // 1, but NaN for +inf, which makes the row NaN as in torch.
         const float own = fmaf(0.0f, z, 1.0f);
@@ -77,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int w = 1; w < kWarps; ++w) s = merge(s, per_warp[w]);
     const float reciprocal = 1.0f / s.sum;
     for (int64_t i = threadIdx.x; i < n; i += kThreads)
-      from_float(exp2f(to_float(from[i]) * factor - s.top) * reciprocal, to + i);
+      store(to + i, from_float<T>(exp2f(to_float(load(from + i)) * factor - s.top) * reciprocal));
     // The next row writes per_warp, which slower threads may still be reading.
     __syncthreads();
   }
@@ -88,8 +76,8 @@ int launch(const void* x, void* y, int64_t rows, int64_t n, int64_t x_stride, in
            float scale, cudaStream_t stream) {
   const int64_t most = 0x7fffffff;
   const unsigned blocks = static_cast<unsigned>(rows < most ? rows : most);
-  softmax_fwd_kernel<T><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const T*>(x), static_cast<T*>(y), rows, n, x_stride, y_stride, scale * kLog2e);
+  LLMOPS_LAUNCH(softmax_fwd_kernel<T>, blocks, kThreads, 0, stream, static_cast<const T*>(x),
+                static_cast<T*>(y), rows, n, x_stride, y_stride, scale * kLog2e);
   return static_cast<int>(cudaGetLastError());
 }
 
