@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
+.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -43,6 +43,14 @@ TRITON_ONLY ?= not attention or merge_attention
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
+
+# The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
+# make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.
+CUDA_PARTS ?= 8
+CUDA_ONLY ?= cuda
+test-cuda: install
+	LLMOPS_CUDA_SIM=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(CUDA_PARTS)} OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -k "cuda and ($(CUDA_ONLY))" --durations=10 --deselect tests/test_cuda_sim.py
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
 # Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/16" is CI's part.
@@ -120,7 +128,7 @@ cuda: install
 # On x86-64 processors that cannot run all the CPU kernels themselves.
 EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
 	echo test-emulated)
-ci: lint cuda test-part test-triton aot-part $(EMULATED)
+ci: lint cuda test-part test-triton test-cuda aot-part $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

@@ -66,6 +66,22 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half(x);
 }
 
+// 16-bit types and their bits.
+template <class T>
+__device__ __forceinline__ T from_bits(uint16_t bits) {
+  T x;
+  static_assert(sizeof x == sizeof bits, "");
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ uint16_t bits_of(T x) {
+  uint16_t bits;
+  static_assert(sizeof x == sizeof bits, "");
+  memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
 inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
 }

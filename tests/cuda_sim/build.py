@@ -25,13 +25,14 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_sim"
 TORCH_TARGET = "0x020b000000000000"  # as setup.py has it
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -DLLMOPS_CUDA_SIM"
-# -ffp-contract=off is g++'s default here; what nvcc contracts is written as fmaf in the kernels.
 
 
 def why_not() -> str | None:
     """None where the simulator can be built, else the reason."""
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return "the CUDA simulator switches stacks in x86-64 assembly for Linux"
+    if importlib.util.find_spec("pybind11") is None:
+        return "the CUDA simulator needs pybind11; pip install pybind11"
     return None
 
 

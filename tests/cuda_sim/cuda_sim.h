@@ -40,7 +40,6 @@ struct alignas(16) float4 {
 };
 
 // ---- 16-bit types
-// --------------------------------------------------------------------------------
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -101,7 +100,6 @@ inline float __half2float(__half x) { return cuda_sim::half_to_float(x.bits); }
 inline __half __float2half(float f) { return {cuda_sim::float_to_half(f)}; }
 
 // ---- arithmetic
-// ----------------------------------------------------------------------------------
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
@@ -115,7 +113,6 @@ inline unsigned __float_as_uint(float x) { return cuda_sim::bit_cast<unsigned>(x
 inline float __uint_as_float(unsigned x) { return cuda_sim::bit_cast<float>(x); }
 
 // ---- barriers and collectives
-// --------------------------------------------------------------------
 
 #define __syncthreads() cuda_sim::sync_threads(LLMOPS_WHERE)
 #define __syncwarp(...) cuda_sim::sync_warp(LLMOPS_WHERE, cuda_sim::mask_of(__VA_ARGS__))
@@ -162,7 +159,6 @@ inline uint32_t ballot(const char* where, uint32_t mask, bool value) {
 }  // namespace cuda_sim
 
 // ---- atomics
-// -------------------------------------------------------------------------------------
 
 template <class T>
 inline T atomicAdd(T* to, T value) {
@@ -182,7 +178,6 @@ inline T atomicMax(T* to, T value) {
 }
 
 // ---- what device.h has two forms of
-// --------------------------------------------------------------
 
 #define LLMOPS_SHARED(T, name, count) \
   static char name##_site;            \

@@ -63,7 +63,6 @@ extern Thread* current;
 extern dim3 block_index, block_size, grid_size;
 
 // ---- for kernels
-// ---------------------------------------------------------------------------------
 
 void sync_threads(const char* where);
 void sync_warp(const char* where, uint32_t mask);
@@ -84,7 +83,6 @@ void copy_wait(int groups_left);
     __attribute__((format(printf, 2, 3)));
 
 // ---- for launchers and tests
-// ---------------------------------------------------------------------
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
             const std::function<void()>& run);
