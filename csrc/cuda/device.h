@@ -82,6 +82,14 @@ __device__ __forceinline__ uint16_t bits_of(T x) {
   return bits;
 }
 
+// Streaming multiprocessors of the current device: the size of a persistent grid.
+inline int processors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
 }

@@ -26,18 +26,32 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// Several sums behind one pair of barriers.
+template <int kThreads, int kSums>
+__device__ __forceinline__ void row_sums(float (&v)[kSums]) {
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) v[k] = warp_sum(v[k]);
+  if constexpr (kThreads > 32) {
+    constexpr int kWarps = kThreads / 32;
+    LLMOPS_SHARED(float, parts, kSums* kWarps);
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) parts[k * kWarps + threadIdx.x / 32] = v[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      v[k] = parts[k * kWarps];
+      for (int w = 1; w < kWarps; ++w) v[k] += parts[k * kWarps + w];
+    }
+    __syncthreads();  // the next sums write parts
+  }
+}
 template <int kThreads>
 __device__ __forceinline__ float row_sum(float v) {
-  v = warp_sum(v);
-  if constexpr (kThreads > 32) {
-    LLMOPS_SHARED(float, parts, kThreads / 32);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = parts[0];
-    for (int w = 1; w < kThreads / 32; ++w) v += parts[w];
-    __syncthreads();  // the next sum writes parts
-  }
-  return v;
+  float sums[1] = {v};
+  row_sums<kThreads>(sums);
+  return sums[0];
 }
 template <int kThreads>
 __device__ __forceinline__ float row_max(float v) {
@@ -113,6 +127,11 @@ __device__ __forceinline__ int64_t place_of(const Rows& r, int64_t row) {
   if (r.size_b == 1 && r.size_c == 1) return row * r.stride_a;
   const int64_t c = row % r.size_c, ab = row / r.size_c;
   return ab / r.size_b * r.stride_a + ab % r.size_b * r.stride_b + c * r.stride_c;
+}
+
+// As a tensor of that type holds it.
+__device__ __forceinline__ float rounded(float x, int type) {
+  return type == kF32 ? x : widened(narrowed(x, type == kBf16), type == kBf16);
 }
 
 // Part of a row that kThreads threads hold, 16 elements each: 64 bytes or 32 on their way.

@@ -15,12 +15,31 @@ DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
 PASSES: dict[str, str] = {
+    "add_layer_norm": "forward, backward",
+    "add_rms_norm": "forward, backward",
+    "geglu": "forward, backward",
+    "gelu": "forward, backward",
+    "layer_norm": "forward, backward",
+    "rms_norm": "forward, backward",
     "softmax": "forward, backward",
+    "swiglu": "forward, backward",
 }
 # The raw operator of each of ours, forward or backward.
 _RAW = {
+    "add_layer_norm": "add_layer_norm_fwd",
+    "add_rms_norm": "add_rms_norm_fwd",
+    "geglu": "geglu",
+    "gelu": "gelu",
+    "gelu_bwd": "gelu_bwd",
+    "glu_bwd": "glu_bwd",
+    "glu_bwd_fused": "glu_bwd_fused",
+    "layer_norm": "layer_norm_fwd",
+    "layer_norm_bwd": "layer_norm_bwd",
+    "rms_norm": "rms_norm_fwd",
+    "rms_norm_bwd": "rms_norm_bwd",
     "softmax": "softmax_fwd",
     "softmax_bwd": "softmax_bwd",
+    "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {}
