@@ -53,16 +53,6 @@ __device__ __forceinline__ void with_activation(int activation, const F& f) {
   }
 }
 
-// f(row, begin) of each tile of this thread's warp or block.
-template <int kThreads, class F>
-__device__ __forceinline__ void for_tiles(int64_t rows, int64_t n, const F& f) {
-  constexpr int kTiles = kRowsOfBlock<kThreads>;
-  const int64_t of_row = (n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTiles + threadIdx.x / kThreads;
-       tile < rows * of_row; tile += static_cast<int64_t>(gridDim.x) * kTiles)
-    f(tile / of_row, tile % of_row * Tile<kThreads>::kElements);
-}
-
 template <int kThreads>
 __global__ void __launch_bounds__(kBlock<kThreads>) activation_fwd_kernel(ActivationForward p) {
   using T = Tile<kThreads>;
@@ -110,20 +100,6 @@ __global__ void __launch_bounds__(kBlock<kThreads>) activation_bwd_kernel(Activa
     T::write(p.dgate, place_of(p.dgate, row) + begin, n, p.wide, thread, g);
     if (p.dup.data) T::write(p.dup, place_of(p.dup, row) + begin, n, p.wide, thread, u);
   });
-}
-
-template <class F>
-void with_tiles(int64_t rows, int64_t n, const F& f) {
-  const auto call = [&](auto threads) {
-    constexpr int kThreads = decltype(threads)::value, kTiles = kRowsOfBlock<kThreads>;
-    const int64_t tiles = rows * ((n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements);
-    f(threads, grid_of((tiles + kTiles - 1) / kTiles));
-  };
-  if (n <= Tile<32>::kElements) {
-    call(Constant<32>{});
-  } else {
-    call(Constant<256>{});
-  }
 }
 
 }  // namespace

@@ -16,7 +16,8 @@ namespace llmops::cuda {
 
 // ---- reductions over the threads of a row; the result is every thread's, and always the same bits
 
-__device__ __forceinline__ float warp_sum(float v) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T v) {
   for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kAllLanes, v, distance);
   return v;
 }
@@ -27,8 +28,8 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 // Several sums behind one pair of barriers.
-template <int kThreads, int kSums>
-__device__ __forceinline__ void row_sums(float (&v)[kSums]) {
+template <int kThreads, int kSums, class T>
+__device__ __forceinline__ void row_sums(T (&v)[kSums]) {
 #pragma unroll
   for (int k = 0; k < kSums; ++k) v[k] = warp_sum(v[k]);
   if constexpr (kThreads > 32) {
@@ -226,6 +227,30 @@ void with_threads(int64_t n, const F& f) {
     f(Constant<512>{});
   } else {
     f(Constant<1024>{});
+  }
+}
+
+// f(row, begin) of each tile of this thread's warp or block, rows cut into tiles.
+template <int kThreads, class F>
+__device__ __forceinline__ void for_tiles(int64_t rows, int64_t n, const F& f) {
+  constexpr int kTiles = kRowsOfBlock<kThreads>;
+  const int64_t of_row = (n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTiles + threadIdx.x / kThreads;
+       tile < rows * of_row; tile += static_cast<int64_t>(gridDim.x) * kTiles)
+    f(tile / of_row, tile % of_row * Tile<kThreads>::kElements);
+}
+// f(threads, grid) of a kernel that calls for_tiles.
+template <class F>
+void with_tiles(int64_t rows, int64_t n, const F& f) {
+  const auto call = [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value, kTiles = kRowsOfBlock<kThreads>;
+    const int64_t tiles = rows * ((n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements);
+    f(threads, grid_of((tiles + kTiles - 1) / kTiles));
+  };
+  if (n <= Tile<32>::kElements) {
+    call(Constant<32>{});
+  } else {
+    call(Constant<256>{});
   }
 }
 
