@@ -75,9 +75,10 @@ __device__ __forceinline__ void turn_heads(const Rope& p, const RopeHeads& h, in
   const Rows x{const_cast<void*>(h.x), p.type, 1, 1, 0, 0, 0, 1}, y{h.y, p.type, 1, 1, 0, 0, 0, 1};
   const int64_t x_at = b * h.x_strides[0] + t * h.x_strides[2];
   const int64_t y_at = b * h.y_strides[0] + t * h.y_strides[2];
-  const int64_t units = p.half / kWidth;
-  for (int64_t unit = threadIdx.x; unit < h.heads * units; unit += kThreads) {
-    const int64_t head = unit / units, pair = unit % units * kWidth;
+  // One token's elements are fewer than 2^31: the binding says so.
+  const int units = static_cast<int>(p.half) / kWidth, heads = static_cast<int>(h.heads);
+  for (int unit = threadIdx.x; unit < heads * units; unit += kThreads) {
+    const int head = unit / units, pair = unit % units * kWidth;
     float c[kWidth], s[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) c[i] = s[i] = __uint_as_float(0x7fc00000u);
@@ -91,9 +92,9 @@ __device__ __forceinline__ void turn_heads(const Rope& p, const RopeHeads& h, in
     turn<kWidth>(p, x, y, x_at + head * h.x_strides[1], y_at + head * h.y_strides[1], pair, c, s);
   }
   if (p.in_place) return;
-  const int64_t rest = p.dim - 2 * p.half;
-  for (int64_t i = threadIdx.x; i < h.heads * rest; i += kThreads) {
-    const int64_t head = i / rest, column = 2 * p.half + i % rest;
+  const int turned = 2 * static_cast<int>(p.half), rest = static_cast<int>(p.dim) - turned;
+  for (int i = threadIdx.x; i < heads * rest; i += kThreads) {
+    const int head = i / rest, column = turned + i % rest;
     set_element(y, y_at + head * h.y_strides[1] + column,
                 element(x, x_at + head * h.x_strides[1] + column));
   }

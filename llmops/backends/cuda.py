@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
+    "cross_entropy": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
     "layer_norm": "forward, backward",
@@ -31,6 +32,9 @@ PASSES: dict[str, str] = {
 _RAW = {
     "add_layer_norm": "add_layer_norm_fwd",
     "add_rms_norm": "add_rms_norm_fwd",
+    "cross_entropy": "cross_entropy_fwd",
+    "cross_entropy_bwd": "cross_entropy_bwd",
+    "cross_entropy_bwd_": "cross_entropy_bwd_",
     "geglu": "geglu",
     "gelu": "gelu",
     "gelu_bwd": "gelu_bwd",
@@ -48,7 +52,9 @@ _RAW = {
     "swiglu": "swiglu",
 }
 # What an op has no kernel for, as its front door names it in Call.features.
-_MISSING: dict[str, tuple[str, ...]] = {}
+_MISSING: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("probability targets",),
+}
 
 _raw: Any = torch.ops.llmops_cuda
 # The kernels compiled for the simulator of tests/cuda_sim, which runs them on CPU tensors.

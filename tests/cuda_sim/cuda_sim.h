@@ -115,6 +115,7 @@ using std::fmaxf;
 using std::fminf;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline double __longlong_as_double(long long x) { return cuda_sim::bit_cast<double>(x); }
 inline unsigned __float_as_uint(float x) { return cuda_sim::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_sim::bit_cast<float>(x); }
 

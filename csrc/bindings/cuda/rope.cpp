@@ -83,6 +83,8 @@ void run(const Tensor& q, const Tensor& q_out, const Tensor* k, const Tensor* k_
   }
   p.q = heads_of(launcher, q, q_out);
   if (k) p.k = heads_of(launcher, *k, *k_out);
+  LLMOPS_CHECK((p.q.heads + p.k.heads) * p.dim < 1LL << 31, kRopeName,
+               ": the heads of one token hold 2^31 elements or more; use backend=\"triton\"");
   const int64_t size = element_size(q.scalar_type());
   const auto table = [](const float* data, int64_t batch, int64_t row) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && batch % 4 == 0 && row % 4 == 0;
