@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
+.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda cuda-mutate cuda-sanitize cuda-part packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds.
 $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
@@ -119,16 +119,32 @@ results: install
 	$(BIN)/python -m llmops bench --commit-result
 	$(BIN)/python tools/readme.py
 
-# The CUDA sources, compiled for every architecture they are for; needs no GPU.
+# The CUDA sources, compiled for every architecture they are for (LLMOPS_CUDA_ARCHS="80" for one), and
+# their registers and shared memory against benchmarks/aot/cuda.json; needs no GPU. CUDA=--write renews it.
+CUDA ?=
 cuda: install
 	LLMOPS_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/llmops/_C.abi3.so'); \
 	print('CUDA kernels built and loaded:', torch.ops.llmops_cuda.softmax_fwd)"
+	$(BIN)/python tools/cuda_gate.py build/cuda/llmops/_C.abi3.so $(CUDA)
+
+# Barriers and waits removed from the CUDA kernels one after the other: who notices? And the kernels as
+# they are under AddressSanitizer and ThreadSanitizer. MUTATE, SANITIZE="--part head/5": a part, by the
+# commit, as CI runs.
+MUTATE ?=
+SANITIZE ?=
+cuda-mutate: install
+	$(BIN)/python tests/cuda_sim/mutate.py $(MUTATE)
+cuda-sanitize: install
+	$(BIN)/python tests/cuda_sim/mutate.py --sanitize $(SANITIZE)
+cuda-part:
+	$(MAKE) cuda-mutate MUTATE="--no-tsan --part head/4"
+	$(MAKE) cuda-sanitize SANITIZE="--part head/5"
 
 # On x86-64 processors that cannot run all the CPU kernels themselves.
 EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
 	echo test-emulated)
-ci: lint cuda test-part test-triton test-cuda aot-part $(EMULATED)
+ci: lint cuda test-part test-triton test-cuda cuda-part aot-part $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

@@ -54,10 +54,11 @@ __device__ __forceinline__ void with_activation(int activation, const F& f) {
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>) activation_fwd_kernel(ActivationForward p) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+    activation_fwd_kernel(ActivationForward p, Tiles tiles) {
   using T = Tile<kThreads>;
   const int thread = threadIdx.x % kThreads;
-  for_tiles<kThreads>(p.rows, p.n, [&](int64_t row, int64_t begin) {
+  for_tiles<kThreads>(tiles, [&](int64_t row, int64_t begin) {
     const int64_t n = p.n - begin;
     float g[T::kHeld], u[T::kHeld];
     T::read(p.gate, place_of(p.gate, row) + begin, n, p.wide, thread, g, 0.0f);
@@ -75,10 +76,11 @@ __global__ void __launch_bounds__(kBlock<kThreads>) activation_fwd_kernel(Activa
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>) activation_bwd_kernel(ActivationBackward p) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+    activation_bwd_kernel(ActivationBackward p, Tiles tiles) {
   using T = Tile<kThreads>;
   const int thread = threadIdx.x % kThreads;
-  for_tiles<kThreads>(p.rows, p.n, [&](int64_t row, int64_t begin) {
+  for_tiles<kThreads>(tiles, [&](int64_t row, int64_t begin) {
     const int64_t n = p.n - begin;
     float d[T::kHeld], g[T::kHeld], u[T::kHeld];
     T::read(p.dy, place_of(p.dy, row) + begin, n, p.wide, thread, d, 0.0f);
@@ -107,9 +109,9 @@ __global__ void __launch_bounds__(kBlock<kThreads>) activation_bwd_kernel(Activa
 int activation_fwd(const ActivationForward& p, void* stream) {
   if (p.rows == 0 || p.n == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
-  with_tiles(p.rows, p.n, [&](auto threads, unsigned grid) {
+  with_tiles(p.rows, p.n, [&](auto threads, unsigned grid, const Tiles& tiles) {
     constexpr int kThreads = decltype(threads)::value;
-    LLMOPS_LAUNCH(activation_fwd_kernel<kThreads>, grid, kBlock<kThreads>, 0, s, p);
+    LLMOPS_LAUNCH(activation_fwd_kernel<kThreads>, grid, kBlock<kThreads>, 0, s, p, tiles);
   });
   return static_cast<int>(cudaGetLastError());
 }
@@ -117,9 +119,9 @@ int activation_fwd(const ActivationForward& p, void* stream) {
 int activation_bwd(const ActivationBackward& p, void* stream) {
   if (p.rows == 0 || p.n == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
-  with_tiles(p.rows, p.n, [&](auto threads, unsigned grid) {
+  with_tiles(p.rows, p.n, [&](auto threads, unsigned grid, const Tiles& tiles) {
     constexpr int kThreads = decltype(threads)::value;
-    LLMOPS_LAUNCH(activation_bwd_kernel<kThreads>, grid, kBlock<kThreads>, 0, s, p);
+    LLMOPS_LAUNCH(activation_bwd_kernel<kThreads>, grid, kBlock<kThreads>, 0, s, p, tiles);
   });
   return static_cast<int>(cudaGetLastError());
 }

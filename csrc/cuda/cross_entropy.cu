@@ -42,7 +42,7 @@ __device__ __forceinline__ float exponential(float z, float top) {
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>)
+__global__ void __launch_bounds__(kBlock<kThreads>, 1)
     cross_entropy_fwd_kernel(CrossEntropyForward f) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBlock<kThreads>)
       loss = (static_cast<double>(row_top) - x_t + log_sum) * weight_of(p, t);
       if (smooth) {
         const double spread = static_cast<double>(sums[1]) + static_cast<double>(sums[2]) * log_sum;
-        loss = (1.0 - p.smoothing) * loss + p.smoothing / static_cast<double>(p.n) * spread;
+        loss = (1.0 - p.smoothing) * loss + p.uniform * spread;
       }
     }
     store(p.lse + row, t.kept ? lse : 0.0);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kBlock<kThreads>)
 }
 
 // The sum or the mean of the rows' losses, and z times that of lse^2.
-__global__ void __launch_bounds__(kReducing) cross_entropy_reduce_kernel(CrossEntropyForward f) {
+__global__ void __launch_bounds__(kReducing, 1) cross_entropy_reduce_kernel(CrossEntropyForward f) {
   const CrossEntropy& p = f.of;
   double sums[4] = {0.0, 0.0, 0.0, 0.0};  // losses, lse^2, weights, rows
   for (int64_t row = threadIdx.x; row < p.rows; row += kReducing) {
@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kReducing) cross_entropy_reduce_kernel(CrossEn
 
 // What the mean multiplies by, 1 / sum of the targets' weights and 1 / number of rows (1 and 1
 // without a mean), and the sum of all weights.
-__global__ void __launch_bounds__(kReducing) cross_entropy_scales_kernel(CrossEntropyBackward f) {
+__global__ void __launch_bounds__(kReducing, 1)
+    cross_entropy_scales_kernel(CrossEntropyBackward f) {
   const CrossEntropy& p = f.of;
   double sums[3] = {0.0, 0.0, 0.0};
   if (p.reduction == kMean) {
@@ -153,12 +154,12 @@ __global__ void __launch_bounds__(kReducing) cross_entropy_scales_kernel(CrossEn
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>)
-    cross_entropy_bwd_kernel(CrossEntropyBackward f) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+    cross_entropy_bwd_kernel(CrossEntropyBackward f, Tiles tiles) {
   using T = Tile<kThreads>;
   const CrossEntropy& p = f.of;
   const int thread = threadIdx.x % kThreads;
-  for_tiles<kThreads>(p.rows, p.n, [&](int64_t row, int64_t begin) {
+  for_tiles<kThreads>(tiles, [&](int64_t row, int64_t begin) {
     const int64_t n = p.n - begin;
     const Target t = target_of(p, row);
     float v[T::kHeld];
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kBlock<kThreads>)
         p.z_loss != 0.0 ? 2.0 * p.z_loss * per_row * lse : 0.0;  // that comes by lse alone
     if (f.grad_lse) rest += load(f.grad_lse + row);
     const double b = per_loss * (1.0 - p.smoothing) * own;
-    const double c = per_loss * p.smoothing / static_cast<double>(p.n);
+    const double c = per_loss * p.uniform;
     const double spread = c * load(f.scales + 2);
     const double a = b + rest + spread;
     rest += spread - c * own;
@@ -231,9 +232,9 @@ int cross_entropy_bwd(const CrossEntropyBackward& f, void* stream) {
   LLMOPS_LAUNCH(cross_entropy_scales_kernel, 1, kReducing, 0, s, f);
   int status = static_cast<int>(cudaGetLastError());
   if (status != 0) return status;
-  with_tiles(p.rows, p.n, [&](auto threads, unsigned grid) {
+  with_tiles(p.rows, p.n, [&](auto threads, unsigned grid, const Tiles& tiles) {
     constexpr int kThreads = decltype(threads)::value;
-    LLMOPS_LAUNCH(cross_entropy_bwd_kernel<kThreads>, grid, kBlock<kThreads>, 0, s, f);
+    LLMOPS_LAUNCH(cross_entropy_bwd_kernel<kThreads>, grid, kBlock<kThreads>, 0, s, f, tiles);
   });
   return static_cast<int>(cudaGetLastError());
 }

@@ -17,7 +17,7 @@ struct CrossEntropy {
   const float* weight;  // [n] or null
   double* lse;          // [rows]; 0 where the target is ignored
   int64_t rows, n, ignore_index;
-  double smoothing, z_loss;
+  double smoothing, uniform, z_loss;  // uniform: smoothing / n, 0 where n is
   int reduction;
   bool wide;
 };

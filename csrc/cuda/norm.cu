@@ -84,7 +84,7 @@ __device__ __forceinline__ void scaled(const NormForward& p, int64_t begin, int 
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>) norm_fwd_kernel(NormForward p) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) norm_fwd_kernel(NormForward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
   const int thread = threadIdx.x % kThreads;
@@ -132,7 +132,7 @@ __device__ __forceinline__ void long_means(const NormForward& p, int64_t x_at, i
   means[1] /= static_cast<float>(p.n);
 }
 
-__global__ void __launch_bounds__(kLongThreads) norm_fwd_long_kernel(NormForward p) {
+__global__ void __launch_bounds__(kLongThreads, 1) norm_fwd_long_kernel(NormForward p) {
   using T = LongTile;
   const int thread = threadIdx.x;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
@@ -193,17 +193,15 @@ __device__ __forceinline__ void factors(const NormBackward& p, int64_t begin, in
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>) norm_bwd_kernel(NormBackward p) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) norm_bwd_kernel(NormBackward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
   const int thread = threadIdx.x % kThreads;
   const int64_t program = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
   const int64_t programs = static_cast<int64_t>(gridDim.x) * kRows;
   const float count = static_cast<float>(p.n);
-  // Five tiles are more than the registers of 512 threads: there the weight is read for each row.
-  constexpr bool kHold = kThreads < 512;
   float w[T::kHeld], weight_sum[T::kHeld], bias_sum[T::kHeld];
-  if (kHold) factors<T>(p, 0, thread, w);
+  factors<T>(p, 0, thread, w);
 #pragma unroll
   for (int i = 0; i < T::kHeld; ++i) weight_sum[i] = bias_sum[i] = 0.0f;
   for (int64_t row = program; row < p.rows; row += programs) {
@@ -211,7 +209,6 @@ __global__ void __launch_bounds__(kBlock<kThreads>) norm_bwd_kernel(NormBackward
     T::read(p.h, place_of(p.h, row), p.n, p.wide, thread, z, 0.0f);
     T::read(p.dy, place_of(p.dy, row), p.n, p.wide, thread, g, 0.0f);
     const float rstd = deviations<kThreads>(z, p.n, p.wide, p.centered, p.eps, thread);
-    if (!kHold) factors<T>(p, 0, thread, w);
     float sums[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < T::kHeld; ++i) {
@@ -231,11 +228,11 @@ __global__ void __launch_bounds__(kBlock<kThreads>) norm_bwd_kernel(NormBackward
   // Where rows are wide, so are those of the sums, which are fp32.
   const int64_t at = program * p.n;
   if (p.weight_sums) {
-    const Rows to{p.weight_sums, kF32, 1, 1, p.n, 0, 0, 1};
+    const Rows to{p.weight_sums, kF32, p.n};
     T::write(to, at, p.n, p.wide, thread, weight_sum);
   }
   if (p.bias_sums) {
-    const Rows to{p.bias_sums, kF32, 1, 1, p.n, 0, 0, 1};
+    const Rows to{p.bias_sums, kF32, p.n};
     T::write(to, at, p.n, p.wide, thread, bias_sum);
   }
 }
@@ -271,7 +268,7 @@ __device__ __forceinline__ void add_to(float* sums, int64_t at, float value, boo
   store(sums + at, first ? value : load(sums + at) + value);
 }
 
-__global__ void __launch_bounds__(kLongThreads) norm_bwd_long_kernel(NormBackward p) {
+__global__ void __launch_bounds__(kLongThreads, 1) norm_bwd_long_kernel(NormBackward p) {
   using T = LongTile;
   const int thread = threadIdx.x;
   const int64_t program = blockIdx.x;
@@ -317,7 +314,8 @@ __global__ void __launch_bounds__(kLongThreads) norm_bwd_long_kernel(NormBackwar
 
 // dweight (block row 0) or dbias (1) of 32 columns: the programs' sums, in their order.
 constexpr int kSlices = 8;
-__global__ void __launch_bounds__(32 * kSlices) norm_sum_kernel(NormBackward p, int64_t programs) {
+__global__ void __launch_bounds__(32 * kSlices, 1)
+    norm_sum_kernel(NormBackward p, int64_t programs) {
   LLMOPS_SHARED(float, parts, 32 * kSlices);
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
@@ -333,18 +331,19 @@ __global__ void __launch_bounds__(32 * kSlices) norm_sum_kernel(NormBackward p, 
   set_element(blockIdx.y == 0 ? p.dweight : p.dbias, column, sum);
 }
 
-// The longest row that is held: several fp32 tiles are alive, which 1024 threads have no registers
-// for.
-constexpr int64_t kLongestHeld = Tile<512>::kElements;
+// The longest rows that are held: beyond, a block has not the registers for its tiles.
+constexpr int64_t kLongestForward = Tile<512>::kElements;
+constexpr int64_t kLongestBackward = Tile<256>::kElements;
 
-template <class F>
+// f(threads), the last of them kMost.
+template <int kMost, class F>
 void with_norm_threads(int64_t n, const F& f) {
   if (n <= Tile<32>::kElements) {
     f(Constant<32>{});
   } else if (n <= Tile<128>::kElements) {
     f(Constant<128>{});
   } else {
-    f(Constant<512>{});
+    f(Constant<kMost>{});
   }
 }
 
@@ -353,10 +352,10 @@ void with_norm_threads(int64_t n, const F& f) {
 int norm_fwd(const NormForward& p, void* stream) {
   if (p.rows == 0 || p.n == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (p.n > kLongestHeld) {
+  if (p.n > kLongestForward) {
     LLMOPS_LAUNCH(norm_fwd_long_kernel, grid_of(p.rows), kLongThreads, 0, s, p);
   } else {
-    with_norm_threads(p.n, [&](auto threads) {
+    with_norm_threads<512>(p.n, [&](auto threads) {
       constexpr int kThreads = decltype(threads)::value, kRows = kRowsOfBlock<kThreads>;
       LLMOPS_LAUNCH(norm_fwd_kernel<kThreads>, grid_of((p.rows + kRows - 1) / kRows),
                     kBlock<kThreads>, 0, s, p);
@@ -365,7 +364,8 @@ int norm_fwd(const NormForward& p, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
-// Blocks that fill the device once, at the 128 registers of a thread that the backward may take.
+// Blocks that fill the device once: 512 threads to a processor, for they take half its registers or
+// more.
 static int64_t backward_blocks(int64_t rows, int threads, int rows_of_block) {
   const int64_t most = static_cast<int64_t>(processors()) * (512 / threads);
   const int64_t needed = (rows + rows_of_block - 1) / rows_of_block;
@@ -373,9 +373,9 @@ static int64_t backward_blocks(int64_t rows, int threads, int rows_of_block) {
 }
 
 int64_t norm_bwd_programs(int64_t rows, int64_t n) {
-  if (n > kLongestHeld) return backward_blocks(rows, kLongThreads, 1);
+  if (n > kLongestBackward) return backward_blocks(rows, kLongThreads, 1);
   int64_t programs = 0;
-  with_norm_threads(n, [&](auto threads) {
+  with_norm_threads<256>(n, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value, kRows = kRowsOfBlock<kThreads>;
     programs = backward_blocks(rows, kBlock<kThreads>, kRows) * kRows;
   });
@@ -386,10 +386,10 @@ int norm_bwd(const NormBackward& p, void* stream) {
   if (p.rows == 0 || p.n == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t programs = norm_bwd_programs(p.rows, p.n);
-  if (p.n > kLongestHeld) {
+  if (p.n > kLongestBackward) {
     LLMOPS_LAUNCH(norm_bwd_long_kernel, grid_of(programs), kLongThreads, 0, s, p);
   } else {
-    with_norm_threads(p.n, [&](auto threads) {
+    with_norm_threads<256>(p.n, [&](auto threads) {
       constexpr int kThreads = decltype(threads)::value, kRows = kRowsOfBlock<kThreads>;
       LLMOPS_LAUNCH(norm_bwd_kernel<kThreads>, grid_of(programs / kRows), kBlock<kThreads>, 0, s,
                     p);

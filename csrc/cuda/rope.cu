@@ -72,7 +72,7 @@ __device__ __forceinline__ void turn_heads(const Rope& p, const RopeHeads& h, in
   const bool known = position >= 0 && position < p.table_rows;
   const float* cos_row = p.cos + b * p.cos_batch + (known ? position : 0) * p.cos_row;
   const float* sin_row = p.sin + b * p.sin_batch + (known ? position : 0) * p.sin_row;
-  const Rows x{const_cast<void*>(h.x), p.type, 1, 1, 0, 0, 0, 1}, y{h.y, p.type, 1, 1, 0, 0, 0, 1};
+  const Rows x{const_cast<void*>(h.x), p.type}, y{h.y, p.type};
   const int64_t x_at = b * h.x_strides[0] + t * h.x_strides[2];
   const int64_t y_at = b * h.y_strides[0] + t * h.y_strides[2];
   // One token's elements are fewer than 2^31: the binding says so.
@@ -101,9 +101,9 @@ __device__ __forceinline__ void turn_heads(const Rope& p, const RopeHeads& h, in
 }
 
 template <int kWidth>
-__global__ void __launch_bounds__(kThreads) rope_kernel(Rope p) {
+__global__ void __launch_bounds__(kThreads, 1) rope_kernel(Rope p) {
   for (int64_t at = blockIdx.x; at < p.batch * p.tokens; at += gridDim.x) {
-    const int64_t b = at / p.tokens, t = at % p.tokens;
+    const int64_t b = divided(at, p.of_tokens), t = at - b * p.tokens;
     int64_t position = t;
     if (p.ids) {
       const int64_t id = b * p.ids_batch + t * p.ids_token;

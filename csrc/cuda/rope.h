@@ -22,6 +22,7 @@ struct Rope {
   bool ids_64;      // int64, else int32
   int64_t ids_batch, ids_token;
   int64_t batch, tokens, half, dim;
+  Divisor of_tokens;
   bool interleaved, inverse, in_place;
   bool wide;  // everything in 16-byte accesses, eight pairs at a time
 };

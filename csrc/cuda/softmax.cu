@@ -41,17 +41,18 @@ __device__ __forceinline__ void logits(const SoftmaxForward& p, int64_t row, int
 
 // How many columns of the row count, from the first on.
 __device__ __forceinline__ int64_t valid_of(const SoftmaxForward& p, int64_t row) {
-  if (p.queries == 0) return p.n;
-  const int64_t valid = row % p.queries + 1 + p.n - p.queries;
+  if (!p.causal) return p.n;
+  const int64_t query = row - divided(row, p.queries) * p.queries.by;
+  const int64_t valid = query + 1 + p.n - p.queries.by;
   return valid > 0 ? valid : 0;
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>) softmax_fwd_kernel(SoftmaxForward p) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) softmax_fwd_kernel(SoftmaxForward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
   const int thread = threadIdx.x % kThreads;
-  const bool may_be_empty = p.mask.data || p.queries > 0;
+  const bool may_be_empty = p.mask.data || p.causal;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
        row < p.rows; row += static_cast<int64_t>(gridDim.x) * kRows) {
     float z[T::kHeld];
@@ -76,13 +77,13 @@ __global__ void __launch_bounds__(kBlock<kThreads>) softmax_fwd_kernel(SoftmaxFo
   }
 }
 
-constexpr int kLongThreads = 512;
+constexpr int kLongThreads = 256;
 using LongTile = Tile<kLongThreads>;
 
-__global__ void __launch_bounds__(kLongThreads) softmax_fwd_long_kernel(SoftmaxForward p) {
+__global__ void __launch_bounds__(kLongThreads, 1) softmax_fwd_long_kernel(SoftmaxForward p) {
   using T = LongTile;
   const int thread = threadIdx.x;
-  const bool may_be_empty = p.mask.data || p.queries > 0;
+  const bool may_be_empty = p.mask.data || p.causal;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int64_t valid = valid_of(p, row);
     float top = -INFINITY, sum = 0.0f, z[T::kHeld];
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kLongThreads) softmax_fwd_long_kernel(SoftmaxF
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>) softmax_bwd_kernel(SoftmaxBackward p) {
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) softmax_bwd_kernel(SoftmaxBackward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
   const int thread = threadIdx.x % kThreads;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kBlock<kThreads>) softmax_bwd_kernel(SoftmaxBa
   }
 }
 
-__global__ void __launch_bounds__(kLongThreads) softmax_bwd_long_kernel(SoftmaxBackward p) {
+__global__ void __launch_bounds__(kLongThreads, 1) softmax_bwd_long_kernel(SoftmaxBackward p) {
   using T = LongTile;
   const int thread = threadIdx.x;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {

@@ -11,7 +11,8 @@ struct SoftmaxForward {
   Rows x, y;  // [rows, n], dense along n
   Rows mask;  // kBool: true keeps; else added; data null: none. Any step.
   int64_t rows, n;
-  int64_t queries;  // causal: row r is query r % queries, and the last one sees all n; else 0
+  bool causal;  // row r is query r % queries, and the last one sees all n
+  Divisor queries;
   float scale;
   bool wide;
 };

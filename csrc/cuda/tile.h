@@ -54,6 +54,7 @@ __device__ __forceinline__ float row_sum(float v) {
   row_sums<kThreads>(sums);
   return sums[0];
 }
+// Every kernel takes a sum between two maxima, whose barriers keep the next one from writing parts.
 template <int kThreads>
 __device__ __forceinline__ float row_max(float v) {
   v = warp_max(v);
@@ -63,7 +64,6 @@ __device__ __forceinline__ float row_max(float v) {
     __syncthreads();
     v = parts[0];
     for (int w = 1; w < kThreads / 32; ++w) v = fmaxf(v, parts[w]);
-    __syncthreads();
   }
   return v;
 }
@@ -124,10 +124,16 @@ __device__ __forceinline__ void set_element(const Rows& r, int64_t at, float val
 
 // ---- rows
 
+__device__ __forceinline__ int64_t divided(int64_t x, const Divisor& d) {
+  const auto n = static_cast<uint64_t>(x);
+  return static_cast<int64_t>((__umul64hi(n, d.factor) + n) >> d.shift);
+}
+
 __device__ __forceinline__ int64_t place_of(const Rows& r, int64_t row) {
-  if (r.size_b == 1 && r.size_c == 1) return row * r.stride_a;
-  const int64_t c = row % r.size_c, ab = row / r.size_c;
-  return ab / r.size_b * r.stride_a + ab % r.size_b * r.stride_b + c * r.stride_c;
+  if (r.size_c.by == 1) return row * r.stride_a;
+  const int64_t ab = divided(row, r.size_c), c = row - ab * r.size_c.by;
+  const int64_t a = divided(ab, r.size_b), b = ab - a * r.size_b.by;
+  return a * r.stride_a + b * r.stride_b + c * r.stride_c;
 }
 
 // As a tensor of that type holds it.
@@ -230,22 +236,34 @@ void with_threads(int64_t n, const F& f) {
   }
 }
 
-// f(row, begin) of each tile of this thread's warp or block, rows cut into tiles.
+// Rows cut into tiles: which one a warp or a block takes.
+struct Tiles {
+  int64_t count = 0;
+  Divisor of_row;
+
+  template <int kThreads>
+  static Tiles of(int64_t rows, int64_t n) {
+    const int64_t of_row = (n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements;
+    return {rows * of_row, Divisor(of_row)};
+  }
+};
+// f(row, begin) of each tile of this thread's warp or block.
 template <int kThreads, class F>
-__device__ __forceinline__ void for_tiles(int64_t rows, int64_t n, const F& f) {
+__device__ __forceinline__ void for_tiles(const Tiles& tiles, const F& f) {
   constexpr int kTiles = kRowsOfBlock<kThreads>;
-  const int64_t of_row = (n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTiles + threadIdx.x / kThreads;
-       tile < rows * of_row; tile += static_cast<int64_t>(gridDim.x) * kTiles)
-    f(tile / of_row, tile % of_row * Tile<kThreads>::kElements);
+       tile < tiles.count; tile += static_cast<int64_t>(gridDim.x) * kTiles) {
+    const int64_t row = divided(tile, tiles.of_row);
+    f(row, (tile - row * tiles.of_row.by) * Tile<kThreads>::kElements);
+  }
 }
-// f(threads, grid) of a kernel that calls for_tiles.
+// f(threads, grid, tiles) of a kernel that calls for_tiles.
 template <class F>
 void with_tiles(int64_t rows, int64_t n, const F& f) {
   const auto call = [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value, kTiles = kRowsOfBlock<kThreads>;
-    const int64_t tiles = rows * ((n + Tile<kThreads>::kElements - 1) / Tile<kThreads>::kElements);
-    f(threads, grid_of((tiles + kTiles - 1) / kTiles));
+    const Tiles tiles = Tiles::of<kThreads>(rows, n);
+    f(threads, grid_of((tiles.count + kTiles - 1) / kTiles), tiles);
   };
   if (n <= Tile<32>::kElements) {
     call(Constant<32>{});

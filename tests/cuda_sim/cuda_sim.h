@@ -116,6 +116,9 @@ using std::fminf;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline double __longlong_as_double(long long x) { return cuda_sim::bit_cast<double>(x); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline unsigned __float_as_uint(float x) { return cuda_sim::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_sim::bit_cast<float>(x); }
 

@@ -138,9 +138,11 @@ void enter() {
   LLMOPS_ASAN(__sanitizer_finish_switch_fiber(nullptr, &m.asan_stack, &m.asan_size);)
   LLMOPS_TSAN(__tsan_acquire(&m.start_tag);)
   (*m.run)();
-  Hidden hidden;
-  LLMOPS_TSAN(__tsan_release(&m.end_tag);)
-  current->state = State::exited;
+  {
+    Hidden hidden;
+    LLMOPS_TSAN(__tsan_release(&m.end_tag);)
+    current->state = State::exited;
+  }
   to_scheduler(true);
   __builtin_trap();
 }

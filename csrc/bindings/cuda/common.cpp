@@ -53,11 +53,13 @@ Rows Launcher::strided_rows(const Tensor& t, const std::vector<int64_t>& sizes,
   const Walk walk = merged(sizes, strides);
   const size_t dims = walk.sizes.size();
   LLMOPS_CHECK(dims <= 3, name_, ": more than three strides from row to row");
-  Rows rows{data(t), type_of(t, name_), 1, 1, 0, 0, 0, step};
+  Rows rows{data(t), type_of(t, name_)};
+  rows.step = step;
   if (dims > 0) rows.stride_a = walk.strides[0];
   // Two dimensions are a and c, one is a alone.
-  if (dims > 1) rows.size_c = walk.sizes[dims - 1], rows.stride_c = walk.strides[dims - 1];
-  if (dims > 2) rows.size_b = walk.sizes[1], rows.stride_b = walk.strides[1];
+  if (dims > 1)
+    rows.size_c = cuda::Divisor(walk.sizes[dims - 1]), rows.stride_c = walk.strides[dims - 1];
+  if (dims > 2) rows.size_b = cuda::Divisor(walk.sizes[1]), rows.stride_b = walk.strides[1];
   return rows;
 }
 

@@ -61,7 +61,7 @@ class Launcher {
                     const std::vector<int64_t>& strides, int64_t step);
   // A tensor broadcast to x from the right, checked.
   Rows broadcast_rows(const Tensor& t, const Tensor& x, const char* what);
-  static Rows none() { return {nullptr, cuda::kF32, 1, 1, 0, 0, 0, 1}; }
+  static Rows none() { return {}; }
 
  private:
   const char* name_;

@@ -34,6 +34,7 @@ struct CudaLoss {
     p.target_64 = target.scalar_type() == ScalarType::Long;
     p.ignore_index = ignore_index;
     p.smoothing = smoothing;
+    p.uniform = p.n > 0 ? smoothing / static_cast<double>(p.n) : 0.0;
     p.z_loss = z_loss;
     p.reduction = static_cast<int>(reduction);
     if (weight.has_value()) {
@@ -49,7 +50,7 @@ struct CudaLoss {
   // One number of each row, or one, as a row of its own.
   Rows flat(const Tensor& t) {
     const int type = static_cast<int>(kernel_dtype(t.scalar_type(), launcher.name()));
-    return {launcher.data(t), type, 1, 1, 0, 0, 0, 1};
+    return {launcher.data(t), type};
   }
 };
 

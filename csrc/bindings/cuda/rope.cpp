@@ -62,6 +62,7 @@ void run(const Tensor& q, const Tensor& q_out, const Tensor* k, const Tensor* k_
   p.type = static_cast<int>(kernel_dtype(q.scalar_type(), kRopeName));
   p.batch = q.size(0);
   p.tokens = q.size(2);
+  p.of_tokens = cuda::Divisor(p.tokens > 0 ? p.tokens : 1);
   p.dim = q.size(3);
   p.interleaved = interleaved;
   p.inverse = inverse;

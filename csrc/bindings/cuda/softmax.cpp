@@ -19,7 +19,8 @@ Tensor softmax_fwd_cuda(const Tensor& x, double scale, const std::optional<Tenso
   cuda::SoftmaxForward p{};
   p.n = x.size(-1);
   p.rows = x.numel() / p.n;
-  p.queries = causal ? x.size(-2) : 0;
+  p.causal = causal;
+  p.queries = cuda::Divisor(causal ? x.size(-2) : 1);
   p.scale = static_cast<float>(scale);
   p.x = launcher.rows(x);
   p.y = launcher.rows(y);
