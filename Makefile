@@ -46,7 +46,7 @@ test-triton: install
 
 # The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
 # make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.
-CUDA_PARTS ?= 8
+CUDA_PARTS ?= 12
 CUDA_ONLY ?= cuda
 test-cuda: install
 	LLMOPS_CUDA_SIM=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(CUDA_PARTS)} OMP_NUM_THREADS=1 \

@@ -3,6 +3,7 @@ pass, each shown on a kernel that is wrong on purpose."""
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -72,6 +73,19 @@ def test_cuda_sim_converts_as_torch_does(sim: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(back, want.float(), rtol=0, atol=0, equal_nan=True)
     number = ~want.isnan()
     assert torch.equal(bits[number], want[number].view(torch.int16))
+
+
+def test_cuda_division_by_invariants_is_exact(sim: Any) -> None:
+    """Divisor of csrc/cuda/rows.h: how every kernel finds its row."""
+    most = 2**63 - 1
+    draw = random.Random(0)
+    divisors = {1, 2, 3, 5, 7, 641, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**62 + 1, most}
+    divisors |= {draw.getrandbits(draw.randint(1, 63)) or 1 for _ in range(300)}
+    for by in divisors:
+        near = {by - 1, by, by + 1, most // by * by, most // by * by - 1, most, 0}
+        for x in near | {draw.getrandbits(draw.randint(1, 63)) for _ in range(20)}:
+            if 0 <= x <= most:
+                assert sim.quotient(x, by) == x // by, (x, by)
 
 
 FAULTS = {

@@ -7,6 +7,10 @@
 
 namespace py = pybind11;
 
+namespace llmops::cuda {
+int64_t quotient(int64_t x, int64_t by);  // selftest.cu
+}
+
 PYBIND11_MODULE(llmops_cuda_sim, m) {
   py::register_exception<cuda_sim::Fault>(m, "Fault");
   m.def(
@@ -23,6 +27,7 @@ PYBIND11_MODULE(llmops_cuda_sim, m) {
                                 reinterpret_cast<float*>(y), n))
       throw py::key_error(name);
   });
+  m.def("quotient", &llmops::cuda::quotient);
   m.def("convert", [](uintptr_t x, uintptr_t y, uintptr_t back, int n, bool bf16) {
     llmops::cuda::convert(reinterpret_cast<const float*>(x), reinterpret_cast<uint16_t*>(y),
                           reinterpret_cast<float*>(back), n, bf16);

@@ -1,6 +1,7 @@
 // Kernels for tests/test_cuda_sim.py: right ones, and wrong ones that the simulator must tell.
-#include "device.h"
 #include "selftest.h"
+
+#include "tile.h"
 
 namespace llmops::cuda {
 namespace {
@@ -167,6 +168,8 @@ bool selftest(const std::string& name, const float* x, float* y, int n) {
   }
   return true;
 }
+
+int64_t quotient(int64_t x, int64_t by) { return divided(x, Divisor(by)); }
 
 void convert(const float* x, uint16_t* y, float* back, int n, bool bf16) {
   for (int i = 0; i < n; ++i) {
