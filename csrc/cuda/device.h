@@ -4,9 +4,7 @@
 //   LLMOPS_LAUNCH(kernel, grid, block, dynamic bytes, stream, arguments...)
 //   LLMOPS_SHARED(float, sums, 32);      an array in the block's shared memory
 //   LLMOPS_DYNAMIC_SHARED(float, tile);  the launch's dynamic shared memory
-//   __launch_bounds__(threads, 1)        the 1 keeps ptxas from spilling a few registers for the
-//   sake of
-//                                        an occupancy nobody asked for
+//   __launch_bounds__(threads, 1)        without the 1 ptxas spills some registers for occupancy
 //   load(p), store(p, value)             of global memory: in the simulator checked for range and
 //                                        alignment; no kernel touches global memory otherwise
 #pragma once
