@@ -1,4 +1,4 @@
-"""tools/cuda_gate.py: what the table of registers and shared memory lets pass, and what it does not."""
+"""tools/cuda_gate.py: what the table of registers and shared memory lets pass, and what not."""
 
 from __future__ import annotations
 
