@@ -9,9 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Pinned: an unpinned torch brings several gigabytes of CUDA libraries to machines without a GPU.
 TORCH ?= torch==2.13.0
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-triton test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda packaging clean
+.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda cuda-mutate cuda-sanitize cuda-part packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds. Without
 # their dependencies: the two models bring engines, and timm a torchvision that needs a CUDA torch.
@@ -44,6 +44,14 @@ TRITON_ONLY ?= not attention or merge_attention
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
+
+# The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
+# make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.
+CUDA_PARTS ?= 12
+CUDA_ONLY ?= cuda
+test-cuda: install
+	LLMOPS_CUDA_SIM=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(CUDA_PARTS)} OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -k "cuda and ($(CUDA_ONLY))" --durations=10 --deselect tests/test_cuda_sim.py
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
 # Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/16" is CI's part.
@@ -112,16 +120,32 @@ results: install
 	$(BIN)/python -m llmops bench --commit-result
 	$(BIN)/python tools/readme.py
 
-# The CUDA sources, compiled for every architecture they are for; needs no GPU.
+# The CUDA sources, compiled for every architecture they are for (LLMOPS_CUDA_ARCHS="80" for one), and
+# their registers and shared memory against benchmarks/aot/cuda.json; needs no GPU. CUDA=--write renews it.
+CUDA ?=
 cuda: install
 	LLMOPS_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/llmops/_C.abi3.so'); \
 	print('CUDA kernels built and loaded:', torch.ops.llmops_cuda.softmax_fwd)"
+	$(BIN)/python tools/cuda_gate.py build/cuda/llmops/_C.abi3.so $(CUDA)
+
+# Barriers and waits removed from the CUDA kernels one after the other: who notices? And the kernels as
+# they are under AddressSanitizer and ThreadSanitizer. MUTATE, SANITIZE="--part head/5": a part, by the
+# commit, as CI runs.
+MUTATE ?=
+SANITIZE ?=
+cuda-mutate: install
+	$(BIN)/python tests/cuda_sim/mutate.py $(MUTATE)
+cuda-sanitize: install
+	$(BIN)/python tests/cuda_sim/mutate.py --sanitize $(SANITIZE)
+cuda-part:
+	$(MAKE) cuda-mutate MUTATE="--no-tsan --part head/4"
+	$(MAKE) cuda-sanitize SANITIZE="--part head/5"
 
 # On x86-64 processors that cannot run all the CPU kernels themselves.
 EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
 	echo test-emulated)
-ci: lint cuda test-part test-triton aot-part $(EMULATED)
+ci: lint cuda test-part test-triton test-cuda cuda-part aot-part $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

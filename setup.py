@@ -204,10 +204,13 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
             for isa, flags in ISA_FLAGS.items():
                 obj = objects / f"{source.stem}.{isa}{emulated if 'avx512' in isa else ''}.o"
                 file.compile("cxx", source, obj, f"-DLLMOPS_ISA={isa} {KERNEL} {flags}")
-        cuda_define, kind = ("-DLLMOPS_WITH_CUDA", "binding.cuda") if nvcc else ("", "binding")
-        for source in sorted((csrc / "bindings").glob("*.cpp")):
-            flags = f"{binding_flags} {cuda_define} {self.isa_define()}"
-            file.compile("cxx", source, objects / f"{kind}.{source.stem}.o", flags)
+        bindings = {"binding": sorted((csrc / "bindings").glob("*.cpp"))}
+        if nvcc:
+            bindings["binding.cuda"] = sorted((csrc / "bindings" / "cuda").glob("*.cpp"))
+        for kind, sources in bindings.items():
+            for source in sources:
+                flags = f"{binding_flags} {self.isa_define()}"
+                file.compile("cxx", source, objects / f"{kind}.{source.stem}.o", flags)
         libs = f"-L{quote(torch / 'lib')} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
         if nvcc:
             archs = gencode(os.environ.get("LLMOPS_CUDA_ARCHS", CUDA_ARCHS))

@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     items[:] = kept
 
 
+# The CUDA kernels on CPU tensors, in the simulator of tests/cuda_sim: a target of the kit.
+if os.environ.get("LLMOPS_CUDA_SIM") == "1":
+    from cuda_sim import build
+
+    from llmops.backends import get
+
+    build.load()
+    get("cuda").simulate()
+
+
 @pytest.fixture
 def one_thread():
     """For tests of many small products: their threads wait for each other, and where other programs

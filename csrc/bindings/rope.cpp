@@ -4,11 +4,12 @@
 #include "cpu/rope.h"
 
 #include "ids.h"
+#include "rope.h"
 
 namespace llmops {
 namespace {
 
-constexpr const char* kName = "llmops.rope";
+constexpr const char* kName = kRopeName;
 // Tasks to aim for, whatever the thread count; below this many tokens a task is not cut further.
 constexpr int64_t kTasks = 32;
 constexpr int64_t kLeastTokens = 256;
@@ -69,10 +70,6 @@ struct Tables {
     sin_data = static_cast<const float*>(sin.data_ptr());
   }
 };
-
-void check_heads(const Tensor& x) {
-  LLMOPS_CHECK(x.dim() == 4, kName, ": x must be [B, H, T, D], got ", x.dim(), " dimensions");
-}
 
 Heads heads_of(const Tensor& x, const Tensor& y) {
   const auto xs = x.strides(), ys = y.strides();
@@ -162,27 +159,6 @@ void run(const Tensor& x, const Heads* list, int count, const Tensor& cos, const
   });
 }
 
-// [B, H, T, D], in memory as such or, token_major, as [B, T, H, D].
-Tensor output_like(const Tensor& x, bool token_major) {
-  const auto size = x.sizes();
-  const int64_t sizes[4] = {size[0], size[1], size[2], size[3]};
-  auto at_least_1 = [](int64_t n) { return n > 0 ? n : 1; };
-  const int64_t heads = at_least_1(size[1]), tokens = at_least_1(size[2]),
-                dim = at_least_1(size[3]);
-  const int64_t strides[4] = {heads * tokens * dim, token_major ? dim : tokens * dim,
-                              token_major ? heads * dim : dim, 1};
-  return new_output_strided(x, sizes, strides, 4, x.scalar_type());
-}
-
-void check_pair(const Tensor& q, const Tensor& k) {
-  check_heads(q);
-  check_heads(k);
-  LLMOPS_CHECK(q.size(0) == k.size(0) && q.size(2) == k.size(2) && q.size(3) == k.size(3), kName,
-               "_qk: q and k must agree in batch, tokens and head dim");
-  LLMOPS_CHECK(q.scalar_type() == k.scalar_type(), kName, "_qk: q is ", dtype_name(q.scalar_type()),
-               ", k is ", dtype_name(k.scalar_type()), "; they must have one dtype");
-}
-
 Tensor rope_cpu(const Tensor& x_in, const Tensor& cos, const Tensor& sin,
                 const std::optional<Tensor>& position_ids, bool interleaved, bool inverse,
                 bool token_major) {
@@ -205,67 +181,11 @@ std::tuple<Tensor, Tensor> rope_qk_cpu(const Tensor& q_in, const Tensor& k_in, c
   return {q_out, k_out};
 }
 
-// The memory of a tensor as nested runs, largest stride first; sizes of 1 do not count.
-struct Extent {
-  int64_t strides[4], sizes[4];
-  int count = 0;
-  explicit Extent(const Tensor& t) {
-    for (int64_t d = 0; d < 4; ++d) {
-      if (t.size(d) == 1) continue;
-      int at = count++;
-      for (; at > 0 && strides[at - 1] < t.stride(d); --at) {
-        strides[at] = strides[at - 1];
-        sizes[at] = sizes[at - 1];
-      }
-      strides[at] = t.stride(d);
-      sizes[at] = t.size(d);
-    }
-  }
-  // Elements from the first to one past the last, over the runs from `from` on.
-  int64_t span(int from) const {
-    int64_t result = 1;
-    for (int i = from; i < count; ++i) result += (sizes[i] - 1) * strides[i];
-    return result;
-  }
-  bool overlaps_itself() const {
-    for (int i = 0; i < count; ++i)
-      if (strides[i] < span(i + 1)) return true;
-    return false;
-  }
-};
-
-// True when q and k, `offset` >= 0 elements behind q, provably share no element: their outer
-// strides agree, and within one such stride the two lie side by side (a fused projection's layout).
-bool disjoint(const Extent& q, const Extent& k, int64_t offset) {
-  for (int i = 0;; ++i) {
-    if (offset >= q.span(i)) return true;
-    if (i >= q.count || i >= k.count || q.strides[i] != k.strides[i]) return false;
-    offset %= q.strides[i];
-    // k's run must not reach into q's next one.
-    if (offset + k.span(i + 1) > q.strides[i]) return false;
-  }
-}
-
 void rope_qk_in_place_cpu(Tensor q, Tensor k, const Tensor& cos, const Tensor& sin,
                           const std::optional<Tensor>& position_ids, bool interleaved,
                           bool inverse) {
   check_pair(q, k);
-  if (q.numel() > 0 && k.numel() > 0) {
-    const Extent q_extent(q), k_extent(k);
-    const char* remedy = "; use llmops.rope_qk, which writes new tensors";
-    LLMOPS_CHECK(!q_extent.overlaps_itself(), kName,
-                 "_qk_: q's elements share memory (expanded or overlapping strides)", remedy);
-    LLMOPS_CHECK(!k_extent.overlaps_itself(), kName,
-                 "_qk_: k's elements share memory (expanded or overlapping strides)", remedy);
-    const int64_t offset =
-        (static_cast<const char*>(k.data_ptr()) - static_cast<const char*>(q.data_ptr())) /
-        element_size(q.scalar_type());
-    LLMOPS_CHECK(
-        offset >= 0 ? disjoint(q_extent, k_extent, offset) : disjoint(k_extent, q_extent, -offset),
-        kName, "_qk_: q and k share memory", remedy);
-  }
-  LLMOPS_CHECK((q.size(3) <= 1 || q.stride(3) == 1) && (k.size(3) <= 1 || k.stride(3) == 1), kName,
-               "_qk_: the head dim must have stride 1; use llmops.rope_qk");
+  check_in_place(q, k);
   const Heads heads[2] = {heads_of(q, q), heads_of(k, k)};
   run(q, heads, 2, cos, sin, position_ids, interleaved, inverse);
 }

@@ -1,17 +1,10 @@
-// softmax: the CPU kernels, and on CUDA builds the CUDA launcher, as raw operators.
-// llmops.ops.softmax owns the public schema, the checks and autograd; what is checked here keeps
-// memory safe whoever calls.
+// softmax: the CPU kernels as raw operators. llmops.ops.softmax owns the public schema, the checks
+// and autograd; what is checked here keeps memory safe whoever calls.
 #include "cpu/softmax.h"
 
 #include <memory>
 
 #include "common.h"
-#ifdef LLMOPS_WITH_CUDA
-#include <torch/csrc/stable/accelerator.h>
-
-#include "cuda/softmax.h"
-#include "cuda_common.h"
-#endif
 
 namespace llmops {
 namespace {
@@ -122,24 +115,6 @@ Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, 
   return dx;
 }
 
-#ifdef LLMOPS_WITH_CUDA
-// x [..., n] over its last dimension.
-Tensor softmax_fwd_cuda(const Tensor& x_in, double scale, ScalarType out_type) {
-  LLMOPS_CHECK(x_in.dim() >= 1 && out_type == x_in.scalar_type(),
-               "llmops.softmax: the CUDA kernel wants one dtype and at least one dimension");
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const int64_t n = x_in.size(-1);
-  const Tensor x = torch::stable::contiguous(x_in);
-  Tensor y = new_output(x, shape_of(x), out_type);
-  const int type = static_cast<int>(kernel_dtype(out_type, "llmops.softmax"));
-  const int64_t rows = n > 0 ? x.numel() / n : 0;
-  check_cuda(cuda::softmax_fwd(x.data_ptr(), y.data_ptr(), type, rows, n, n, n,
-                               static_cast<float>(scale), current_cuda_stream(x)),
-             "llmops.softmax");
-  return y;
-}
-#endif
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
@@ -153,13 +128,5 @@ STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cpu));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cpu));
 }
-#ifdef LLMOPS_WITH_CUDA
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cuda, m) {
-  m.def("softmax_fwd(Tensor x, float scale, ScalarType dtype) -> Tensor");
-}
-STABLE_TORCH_LIBRARY_IMPL(llmops_cuda, CUDA, m) {
-  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cuda));
-}
-#endif
 
 }  // namespace llmops

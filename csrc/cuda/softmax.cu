@@ -1,114 +1,195 @@
-// Row softmax: y[i] = exp(scale * x[i] - m) / sum_j exp(scale * x[j] - m). Formula: softmax.h
+// Row softmax and its gradient. Formulas: softmax.h
 //
-// One block per row, online: each thread keeps a running maximum and a sum rescaled to it, so that
-// the row is read twice (statistics, then result) and written once; both reads of a row up to
-// the cache's size come from L2. Maximum and sum are merged across lanes by shuffles and across
-// warps through shared memory. fp32 throughout. Milakov and Gimelshein 2018.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+// A row of up to 512 elements is held in a warp's registers, up to 16384 in a block's: read once
+// and written once (backward: two reads). A longer row is swept in tiles: each thread keeps its own
+// maximum and a sum rescaled to it, merged at the end; the second sweep, mostly from L2, writes.
+// fp32 throughout, exp by ex2.approx (2 ulp). What mask or causal limit drops is not computed with,
+// and a row with nothing left is zeros. Milakov and Gimelshein, "Online normalizer calculation for
+// softmax", 2018.
 #include "softmax.h"
+
+#include "tile.h"
 
 namespace llmops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr float kLog2e = 1.4426950408889634f;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ void from_float(float x, float* out) { *out = x; }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16* out) {
-  *out = __float2bfloat16(x);
-}
-__device__ __forceinline__ void from_float(float x, __half* out) { *out = __float2half(x); }
-
-// Maximum (in units of log2) and the sum of 2^(z - maximum) over some elements.
-struct Statistics {
-  float top;
-  float sum;
-};
-
-__device__ __forceinline__ Statistics merge(Statistics a, Statistics b) {
-  const float top = fmaxf(a.top, b.top);
-  // Nothing seen on one side: its top is -inf, and -inf - -inf would be NaN.
-  const float from_a = a.sum == 0.0f ? 0.0f : a.sum * exp2f(a.top - top);
-  const float from_b = b.sum == 0.0f ? 0.0f : b.sum * exp2f(b.top - top);
-  return {top, from_a + from_b};
+__device__ __forceinline__ float exponential(float z, float top) {
+  return exp2_approx((z - top) * kLog2e);
 }
 
-__device__ __forceinline__ Statistics merge_lanes(Statistics s) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const Statistics other = {__shfl_xor_sync(0xffffffffu, s.top, distance),
-                              __shfl_xor_sync(0xffffffffu, s.sum, distance)};
-    s = merge(s, other);
-  }
-  return s;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    softmax_fwd_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t n,
-                       int64_t x_stride, int64_t y_stride, float factor) {
-  __shared__ Statistics per_warp[kWarps];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // A grid's first dimension holds 2^31 - 1 blocks; more rows than blocks are looped over.
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const T* from = x + row * x_stride;  // [n]
-    T* to = y + row * y_stride;          // [n]
-    Statistics s = {-INFINITY, 0.0f};
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const float z = to_float(from[i]) * factor;
-      if (z > s.top) {
-        // 1, but NaN for +inf, which makes the row NaN as in torch.
-        const float own = fmaf(0.0f, z, 1.0f);
-        s = {z, s.sum == 0.0f ? own : fmaf(s.sum, exp2f(s.top - z), own)};
-      } else if (z != -INFINITY) {  // -inf adds nothing, and before a finite z it is its own top
-        s.sum += exp2f(z - s.top);
-      }
+// Logits of the row's columns from `begin` on, -inf where there is nothing.
+template <class Tile>
+__device__ __forceinline__ void logits(const SoftmaxForward& p, int64_t row, int64_t begin,
+                                       int64_t valid, int thread, float (&z)[Tile::kHeld]) {
+  const int64_t at = place_of(p.x, row) + begin, left = valid - begin;
+  Tile::read(p.x, at, left, p.wide, thread, z, -INFINITY);
+  const int64_t mask_at = p.mask.data ? place_of(p.mask, row) : 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kHeld; ++i) {
+    const int64_t column = Tile::column(p.wide, thread, i);
+    if (column >= left) continue;
+    z[i] *= p.scale;
+    if (!p.mask.data) continue;
+    const float m = element(p.mask, mask_at + (begin + column) * p.mask.step);
+    if (p.mask.type != kBool) {
+      z[i] += m;
+    } else if (m == 0.0f) {
+      z[i] = -INFINITY;
     }
-    s = merge_lanes(s);
-    if (lane == 0) per_warp[warp] = s;
-    __syncthreads();
-    s = per_warp[0];
-    for (int w = 1; w < kWarps; ++w) s = merge(s, per_warp[w]);
-    const float reciprocal = 1.0f / s.sum;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads)
-      from_float(exp2f(to_float(from[i]) * factor - s.top) * reciprocal, to + i);
-    // The next row writes per_warp, which slower threads may still be reading.
-    __syncthreads();
   }
 }
 
-template <class T>
-int launch(const void* x, void* y, int64_t rows, int64_t n, int64_t x_stride, int64_t y_stride,
-           float scale, cudaStream_t stream) {
-  const int64_t most = 0x7fffffff;
-  const unsigned blocks = static_cast<unsigned>(rows < most ? rows : most);
-  softmax_fwd_kernel<T><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const T*>(x), static_cast<T*>(y), rows, n, x_stride, y_stride, scale * kLog2e);
-  return static_cast<int>(cudaGetLastError());
+// How many columns of the row count, from the first on.
+__device__ __forceinline__ int64_t valid_of(const SoftmaxForward& p, int64_t row) {
+  if (!p.causal) return p.n;
+  const int64_t query = row - divided(row, p.queries) * p.queries.by;
+  const int64_t valid = query + 1 + p.n - p.queries.by;
+  return valid > 0 ? valid : 0;
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) softmax_fwd_kernel(SoftmaxForward p) {
+  using T = Tile<kThreads>;
+  constexpr int kRows = kRowsOfBlock<kThreads>;
+  const int thread = threadIdx.x % kThreads;
+  const bool may_be_empty = p.mask.data || p.causal;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
+       row < p.rows; row += static_cast<int64_t>(gridDim.x) * kRows) {
+    float z[T::kHeld];
+    logits<T>(p, row, 0, valid_of(p, row), thread, z);
+    float top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) top = fmaxf(top, z[i]);
+    top = row_max<kThreads>(top);
+    // Nothing left: zeros, where -inf - -inf would be NaN. Without a mask NaN is the answer.
+    if (may_be_empty && top == -INFINITY) top = 0.0f;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) {
+      z[i] = T::column(p.wide, thread, i) < p.n ? exponential(z[i], top) : 0.0f;
+      sum += z[i];
+    }
+    sum = row_sum<kThreads>(sum);
+    const float reciprocal = may_be_empty && sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) z[i] *= reciprocal;
+    T::write(p.y, place_of(p.y, row), p.n, p.wide, thread, z);
+  }
+}
+
+constexpr int kLongThreads = 256;
+using LongTile = Tile<kLongThreads>;
+
+__global__ void __launch_bounds__(kLongThreads, 1) softmax_fwd_long_kernel(SoftmaxForward p) {
+  using T = LongTile;
+  const int thread = threadIdx.x;
+  const bool may_be_empty = p.mask.data || p.causal;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const int64_t valid = valid_of(p, row);
+    float top = -INFINITY, sum = 0.0f, z[T::kHeld];
+    for (int64_t begin = 0; begin < valid; begin += T::kElements) {
+      logits<T>(p, row, begin, valid, thread, z);
+      float next = top;
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) next = fmaxf(next, z[i]);
+      // A thread that has seen nothing, or only -inf, adds nothing; a NaN makes its sum NaN.
+      const float shift = next == -INFINITY ? 0.0f : next;
+      sum *= exponential(top, shift);
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) sum += exponential(z[i], shift);
+      top = next;
+    }
+    float row_top = row_max<kLongThreads>(top);
+    if (top != -INFINITY) sum *= exponential(top, row_top);
+    sum = row_sum<kLongThreads>(sum);
+    if (may_be_empty && row_top == -INFINITY) row_top = 0.0f;
+    const float reciprocal = may_be_empty && sum == 0.0f ? 0.0f : 1.0f / sum;
+    const int64_t at = place_of(p.y, row);
+    for (int64_t begin = 0; begin < p.n; begin += T::kElements) {
+      logits<T>(p, row, begin, valid, thread, z);
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) z[i] = exponential(z[i], row_top) * reciprocal;
+      T::write(p.y, at + begin, p.n - begin, p.wide, thread, z);
+    }
+  }
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) softmax_bwd_kernel(SoftmaxBackward p) {
+  using T = Tile<kThreads>;
+  constexpr int kRows = kRowsOfBlock<kThreads>;
+  const int thread = threadIdx.x % kThreads;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
+       row < p.rows; row += static_cast<int64_t>(gridDim.x) * kRows) {
+    float g[T::kHeld], y[T::kHeld];
+    T::read(p.dy, place_of(p.dy, row), p.n, p.wide, thread, g, 0.0f);
+    T::read(p.y, place_of(p.y, row), p.n, p.wide, thread, y, 0.0f);
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) dot = fmaf(y[i], g[i], dot);
+    dot = row_sum<kThreads>(dot);
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) g[i] = p.scale * y[i] * (g[i] - dot);
+    T::write(p.dx, place_of(p.dx, row), p.n, p.wide, thread, g);
+  }
+}
+
+__global__ void __launch_bounds__(kLongThreads, 1) softmax_bwd_long_kernel(SoftmaxBackward p) {
+  using T = LongTile;
+  const int thread = threadIdx.x;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const int64_t dy_at = place_of(p.dy, row), y_at = place_of(p.y, row);
+    const int64_t dx_at = place_of(p.dx, row);
+    float dot = 0.0f, g[T::kHeld], y[T::kHeld];
+    for (int64_t begin = 0; begin < p.n; begin += T::kElements) {
+      T::read(p.dy, dy_at + begin, p.n - begin, p.wide, thread, g, 0.0f);
+      T::read(p.y, y_at + begin, p.n - begin, p.wide, thread, y, 0.0f);
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) dot = fmaf(y[i], g[i], dot);
+    }
+    dot = row_sum<kLongThreads>(dot);
+    for (int64_t begin = 0; begin < p.n; begin += T::kElements) {
+      T::read(p.dy, dy_at + begin, p.n - begin, p.wide, thread, g, 0.0f);
+      T::read(p.y, y_at + begin, p.n - begin, p.wide, thread, y, 0.0f);
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) g[i] = p.scale * y[i] * (g[i] - dot);
+      T::write(p.dx, dx_at + begin, p.n - begin, p.wide, thread, g);
+    }
+  }
 }
 
 }  // namespace
 
-int softmax_fwd(const void* x, void* y, int type, int64_t rows, int64_t n, int64_t x_stride,
-                int64_t y_stride, float scale, void* stream) {
-  if (rows == 0 || n == 0) return 0;
+int softmax_fwd(const SoftmaxForward& p, void* stream) {
+  if (p.rows == 0 || p.n == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (type) {
-    case 0:
-      return launch<float>(x, y, rows, n, x_stride, y_stride, scale, s);
-    case 1:
-      return launch<__nv_bfloat16>(x, y, rows, n, x_stride, y_stride, scale, s);
-    case 2:
-      return launch<__half>(x, y, rows, n, x_stride, y_stride, scale, s);
-    default:
-      return static_cast<int>(cudaErrorInvalidValue);
+  if (p.n > kLongest) {
+    LLMOPS_LAUNCH(softmax_fwd_long_kernel, grid_of(p.rows), kLongThreads, 0, s, p);
+  } else {
+    with_threads(p.n, [&](auto threads) {
+      constexpr int kThreads = decltype(threads)::value;
+      constexpr int kRows = kRowsOfBlock<kThreads>;
+      LLMOPS_LAUNCH((softmax_fwd_kernel<kThreads>), grid_of((p.rows + kRows - 1) / kRows),
+                    kBlock<kThreads>, 0, s, p);
+    });
   }
+  return static_cast<int>(cudaGetLastError());
+}
+
+int softmax_bwd(const SoftmaxBackward& p, void* stream) {
+  if (p.rows == 0 || p.n == 0) return 0;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (p.n > kLongest) {
+    LLMOPS_LAUNCH(softmax_bwd_long_kernel, grid_of(p.rows), kLongThreads, 0, s, p);
+  } else {
+    with_threads(p.n, [&](auto threads) {
+      constexpr int kThreads = decltype(threads)::value;
+      constexpr int kRows = kRowsOfBlock<kThreads>;
+      LLMOPS_LAUNCH((softmax_bwd_kernel<kThreads>), grid_of((p.rows + kRows - 1) / kRows),
+                    kBlock<kThreads>, 0, s, p);
+    });
+  }
+  return static_cast<int>(cudaGetLastError());
 }
 
 }  // namespace llmops::cuda

@@ -1,13 +1,30 @@
-// Row softmax on CUDA, y[r, i] = exp(scale x[r, i] - max) / sum. No torch here: raw pointers in, a
-// cudaError_t as int out.
+// Row softmax on CUDA, with scale, mask and causal limit, and its gradient. No torch here: raw
+// pointers in, a cudaError_t as int out.
+//   y[r, i] = exp(z[r, i] - max z[r]) / sum_j exp(z[r, j] - max z[r]),  z = scale x + mask
+//   dx[r, i] = scale y[r, i] (dy[r, i] - sum_j y[r, j] dy[r, j])
 #pragma once
-#include <cstdint>
+#include "rows.h"
 
 namespace llmops::cuda {
 
-// x, y: [rows, n], rows `x_stride` and `y_stride` elements apart, elements dense.
-// type: 0 float32, 1 bfloat16, 2 float16, for both. Queued on `stream`; returns at once.
-int softmax_fwd(const void* x, void* y, int type, int64_t rows, int64_t n, int64_t x_stride,
-                int64_t y_stride, float scale, void* stream);
+struct SoftmaxForward {
+  Rows x, y;  // [rows, n], dense along n
+  Rows mask;  // kBool: true keeps; else added; data null: none. Any step.
+  int64_t rows, n;
+  bool causal;  // row r is query r % queries, and the last one sees all n
+  Divisor queries;
+  float scale;
+  bool wide;
+};
+// Queued on `stream`; returns at once.
+int softmax_fwd(const SoftmaxForward& p, void* stream);
+
+struct SoftmaxBackward {
+  Rows dy, y, dx;
+  int64_t rows, n;
+  float scale;
+  bool wide;
+};
+int softmax_bwd(const SoftmaxBackward& p, void* stream);
 
 }  // namespace llmops::cuda

@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmops.backends import _extension
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llmops.dispatch import Call
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What there is of each public operator, for the support table.
-PASSES = {"softmax": "forward, plain"}
-_BUILT = _extension.REASON is None and hasattr(torch.ops.llmops_cuda, "softmax_fwd")
+PASSES: dict[str, str] = {
+    "add_layer_norm": "forward, backward",
+    "add_rms_norm": "forward, backward",
+    "cross_entropy": "forward, backward",
+    "geglu": "forward, backward",
+    "gelu": "forward, backward",
+    "layer_norm": "forward, backward",
+    "rms_norm": "forward, backward",
+    "rope": "forward, backward",
+    "rope_qk": "forward, backward",
+    "rope_qk_": "in place",
+    "softmax": "forward, backward",
+    "swiglu": "forward, backward",
+}
+# The raw operator of each of ours, forward or backward.
+_RAW = {
+    "add_layer_norm": "add_layer_norm_fwd",
+    "add_rms_norm": "add_rms_norm_fwd",
+    "cross_entropy": "cross_entropy_fwd",
+    "cross_entropy_bwd": "cross_entropy_bwd",
+    "cross_entropy_bwd_": "cross_entropy_bwd_",
+    "geglu": "geglu",
+    "gelu": "gelu",
+    "gelu_bwd": "gelu_bwd",
+    "glu_bwd": "glu_bwd",
+    "glu_bwd_fused": "glu_bwd_fused",
+    "layer_norm": "layer_norm_fwd",
+    "layer_norm_bwd": "layer_norm_bwd",
+    "rms_norm": "rms_norm_fwd",
+    "rms_norm_bwd": "rms_norm_bwd",
+    "rope": "rope",
+    "rope_qk": "rope_qk",
+    "rope_qk_": "rope_qk_",
+    "softmax": "softmax_fwd",
+    "softmax_bwd": "softmax_bwd",
+    "swiglu": "swiglu",
+}
+# What an op has no kernel for, as its front door names it in Call.features.
+_MISSING: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("probability targets",),
+}
+
+_raw: Any = torch.ops.llmops_cuda
+# The kernels compiled for the simulator of tests/cuda_sim, which runs them on CPU tensors.
+SIMULATED = False
+
+
+def simulate() -> None:
+    """For tests: from now on the operators of the simulator's library, loaded before, serve CPU
+    tensors in place of the extension's, which serve CUDA tensors."""
+    global DEVICE, SIMULATED, _raw
+    DEVICE, SIMULATED, _raw = "cpu", True, torch.ops.llmops_cuda_sim
+    for name in _RAW:
+        globals().pop(name, None)
 
 
 def available() -> str | None:
     """None when usable, else the reason."""
+    if SIMULATED:
+        return None
     if _extension.REASON is not None:
         return _extension.REASON
-    if not _BUILT:
+    if not hasattr(_raw, "softmax_fwd"):
         return (
             "the extension was built without CUDA; reinstall with nvcc on PATH and a CUDA build of "
             "torch, or with LLMOPS_CUDA=1"
@@ -42,15 +94,16 @@ def supports(call: Call) -> str | None:
 
 def serves(call: Call) -> str | None:
     """None where there is a kernel for such a call, usable here or not; else why not."""
-    if call.device != "cuda":
-        return f"it serves CUDA tensors, and these are on {call.device}"
+    if call.device != DEVICE:
+        kind = "CPU tensors, simulated" if SIMULATED else "CUDA tensors"
+        return f"it serves {kind}, and these are on {call.device}"
     if call.dtype not in DTYPES:
         return f"it computes float32, bfloat16 and float16, and this is {call.dtype}"
-    if call.op != "softmax":
+    if call.op not in _RAW and call.op not in globals():
         return f"it has no {call.op} yet"
-    unsupported = [f for f in call.features if f != "forward only"]
-    if unsupported or "forward only" not in call.features:
-        return "its softmax is the plain forward: no mask, causal limit, dtype or gradient yet"
+    for feature in _MISSING.get(call.op, ()):
+        if feature in call.features:
+            return f"its {call.op} has no {feature}"
     return None
 
 
@@ -60,12 +113,12 @@ def yields(call: Call) -> str | None:
 
 
 def describe(call: Call) -> str:
-    return f"CUDA C++ {call.op}"
+    return f"CUDA C++ {call.op}" + (" (simulated)" if SIMULATED else "")
 
 
-def softmax(
-    x: Tensor, scale: float, mask: Tensor | None, causal: bool, dtype: torch.dtype
-) -> Tensor:
-    if mask is not None or causal or dtype != x.dtype:
-        raise NotImplementedError("llmops.softmax: the CUDA kernel has no mask, causal or dtype")
-    return torch.ops.llmops_cuda.softmax_fwd.default(x, scale, dtype)
+def __getattr__(name: str) -> Any:
+    """The raw operator of one of ours, looked up on first use."""
+    if name not in _RAW:
+        raise AttributeError(f"llmops.backends.cuda has no {name!r}")
+    found = globals()[name] = getattr(_raw, _RAW[name]).default
+    return found

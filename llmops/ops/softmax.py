@@ -79,8 +79,6 @@ def softmax(
         features += ("causal",)
     if out_dtype != x.dtype:
         features += ("dtype",)
-    if x.is_cuda and dtype is None and not (torch.is_grad_enabled() and x.requires_grad):
-        features += ("forward only",)
     name = resolve("softmax", x.device, widest, features, backend)
     if x.dim() == 0:
         y = softmax(x[None], scale=scale, mask=mask, dtype=dtype, backend=name)

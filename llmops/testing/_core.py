@@ -106,8 +106,8 @@ class Target:
 
     @property
     def interpreted(self) -> bool:
-        """Triton's interpreter: one launch at a time, milliseconds per program."""
-        return self.backend == "triton" and self.device == "cpu"
+        """Triton's interpreter, CUDA's simulator: one launch at a time, milliseconds a program."""
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -138,9 +138,11 @@ def targets(op: str | None = None) -> list[Target]:
         raise ImportError(f"llmops.testing: the CPU kernels cannot be tested: {reason}")
     best = _extension.ISA_NAMES.index(torch.ops.llmops_cpu.isa_best())
     found = [Target("cpu", "cpu", isa) for isa in _extension.ISA_NAMES[: best + 1]]
-    triton = get("triton")
+    triton, cuda = get("triton"), get("cuda")
     if triton.INTERPRETED and triton.available() is None:
         found.append(Target("triton", "cpu"))
+    if cuda.SIMULATED:
+        found.append(Target("cuda", "cpu"))
     if torch.cuda.is_available():
         found += [
             Target(name, "cuda") for name in ("triton", "cuda") if get(name).available() is None

@@ -1,0 +1,235 @@
+// The kernels of csrc/cuda without Python or torch, for sanitizers and mutations: small calls that
+// reach every barrier, with a line per call: its name and a hash of what it wrote. Same bits under
+// every schedule, so that a line that differs from another run's is a fault.
+//
+//     driver <seed> [file: softmax, norm, ...]
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "activation.h"
+#include "cross_entropy.h"
+#include "norm.h"
+#include "rope.h"
+#include "scheduler.h"
+#include "softmax.h"
+
+using namespace llmops::cuda;
+
+namespace {
+
+// The tensors of one call: inputs drawn, outputs beginning as 0xff and hashed at the end.
+class Call {
+ public:
+  explicit Call(std::string name) : name_(std::move(name)) {}
+  ~Call() {
+    uint64_t hash = 1469598103934665603ull;
+    for (const auto& [data, bytes] : outputs_)
+      for (size_t i = 0; i < bytes; ++i) hash = (hash ^ data[i]) * 1099511628211ull;
+    printf("%s %016llx\n", name_.c_str(), static_cast<unsigned long long>(hash));
+  }
+
+  void* memory(size_t bytes) {
+    memory_.emplace_back(new unsigned char[bytes]);
+    cuda_sim::allow(memory_.back().get(), bytes);
+    return memory_.back().get();
+  }
+  void* written(size_t bytes) {
+    void* data = memory(bytes);
+    std::memset(data, 0xff, bytes);
+    outputs_.emplace_back(static_cast<unsigned char*>(data), bytes);
+    return data;
+  }
+  float* floats(int64_t count, bool output = false) {
+    if (output) return static_cast<float*>(written(count * 4));
+    auto* data = static_cast<float*>(memory(count * 4));
+    for (int64_t i = 0; i < count; ++i) data[i] = value();
+    return data;
+  }
+  // [rows, n], dense.
+  Rows rows(int64_t rows, int64_t n, int type, bool output = false) {
+    Rows r{nullptr, type, n};
+    const int64_t count = rows * n;
+    if (type == kF32) {
+      r.data = floats(count, output);
+    } else if (output) {
+      r.data = written(count * 2);
+    } else {
+      auto* data = static_cast<uint16_t*>(memory(count * 2));
+      r.data = data;
+      for (int64_t i = 0; i < count; ++i) {  // truncated to bf16
+        uint32_t bits;
+        const float x = value();
+        std::memcpy(&bits, &x, 4);
+        data[i] = bits >> 16;
+      }
+    }
+    return r;
+  }
+
+ private:
+  float value() { return static_cast<float>(random_() % 2000) / 1000.0f - 1.0f; }
+  std::string name_;
+  std::mt19937 random_{7};
+  std::vector<std::unique_ptr<unsigned char[]>> memory_;
+  std::vector<std::pair<unsigned char*, size_t>> outputs_;
+};
+
+const Rows kNo;
+
+std::string named(const char* what, int64_t n) {
+  return what + std::string("-") + std::to_string(n);
+}
+
+void softmax() {
+  for (int64_t n : {40, 601, 3000, 9000, 17001}) {
+    const cuda_sim::Session session;
+    Call call(named("softmax_fwd", n));
+    SoftmaxForward p{};
+    p.rows = 3, p.n = n, p.scale = 0.7f;
+    p.x = call.rows(3, n, kF32), p.y = call.rows(3, n, kBf16, true);
+    p.mask = n % 2 ? call.rows(1, n, kBf16) : kNo;
+    p.mask.stride_a = 0;
+    p.causal = n % 2;
+    p.queries = Divisor(3);
+    p.wide = p.x.wide(n) && p.y.wide(n);
+    softmax_fwd(p, nullptr);
+  }
+  for (int64_t n : {40, 601, 3000, 17001}) {
+    const cuda_sim::Session session;
+    Call call(named("softmax_bwd", n));
+    SoftmaxBackward p{};
+    p.rows = 3, p.n = n, p.scale = 0.7f;
+    p.dy = call.rows(3, n, kBf16), p.y = call.rows(3, n, kBf16), p.dx = call.rows(3, n, kF32, true);
+    p.wide = p.y.wide(n) && p.dx.wide(n);
+    softmax_bwd(p, nullptr);
+  }
+}
+
+void norm() {
+  for (int64_t n : {40, 601, 3000, 9000}) {
+    const cuda_sim::Session session;
+    Call call(named("norm_fwd", n));
+    NormForward p{};
+    p.rows = 3, p.n = n, p.eps = 1e-5f, p.centered = n != 3000;
+    p.x = call.rows(3, n, kBf16), p.residual = call.rows(3, n, kF32);
+    p.y = call.rows(3, n, kBf16, true), p.h = call.rows(3, n, kF32, true);
+    p.weight = call.rows(1, n, kF32), p.bias = n % 2 ? call.rows(1, n, kBf16) : kNo;
+    p.wide = p.x.wide(n) && p.h.wide(n);
+    norm_fwd(p, nullptr);
+  }
+  for (int64_t n : {40, 601, 3000, 9000}) {
+    const cuda_sim::Session session;
+    Call call(named("norm_bwd", n));
+    NormBackward p{};
+    p.rows = 19, p.n = n, p.eps = 1e-5f, p.centered = n != 3000;
+    p.dy = call.rows(19, n, kBf16), p.h = call.rows(19, n, kF32);
+    p.dh_in = n % 2 ? call.rows(19, n, kF32) : kNo;
+    p.dh = call.rows(19, n, kF32, true), p.dx = n % 2 ? call.rows(19, n, kBf16, true) : kNo;
+    p.weight = call.rows(1, n, kF32);
+    p.dweight = call.rows(1, n, kF32, true), p.dbias = call.rows(1, n, kBf16, true);
+    const int64_t sums = norm_bwd_programs(19, n) * n;
+    p.weight_sums = call.floats(sums), p.bias_sums = call.floats(sums);
+    p.wide = p.dy.wide(n) && p.h.wide(n);
+    norm_bwd(p, nullptr);
+  }
+}
+
+void activation() {
+  for (int64_t n : {40, 601, 5000}) {
+    const cuda_sim::Session session;
+    Call call(named("activation", n));
+    ActivationForward f{};
+    f.rows = 5, f.n = n, f.activation = static_cast<int>(n % 3);
+    f.gate = call.rows(5, n, kBf16), f.up = call.rows(5, n, kBf16);
+    f.y = call.rows(5, n, kBf16, true);
+    f.wide = f.gate.wide(n);
+    activation_fwd(f, nullptr);
+    ActivationBackward b{};
+    b.rows = 5, b.n = n, b.activation = f.activation, b.gate = f.gate, b.up = f.up, b.wide = f.wide;
+    b.dy = call.rows(5, n, kBf16);
+    b.dgate = call.rows(5, n, kBf16, true), b.dup = call.rows(5, n, kBf16, true);
+    activation_bwd(b, nullptr);
+  }
+}
+
+void rope() {
+  for (int64_t half : {6, 16}) {
+    const cuda_sim::Session session;
+    Call call(named("rope", half));
+    const int64_t tokens = 5, heads = 3, dim = 2 * half + 8;
+    Rope p{};
+    p.type = kBf16, p.batch = 2, p.tokens = tokens, p.of_tokens = Divisor(tokens), p.half = half,
+    p.dim = dim;
+    const auto whole = [&](int64_t h) {
+      return RopeHeads{call.rows(2 * h * tokens, dim, kBf16).data,
+                       call.rows(2 * h * tokens, dim, kBf16, true).data,
+                       h,
+                       {h * tokens * dim, tokens * dim, dim},
+                       {h * tokens * dim, tokens * dim, dim}};
+    };
+    p.q = whole(heads), p.k = whole(1);
+    p.cos = call.floats(tokens * half), p.sin = call.floats(tokens * half);
+    p.cos_row = p.sin_row = half, p.table_rows = tokens;
+    p.interleaved = half == 16;
+    p.wide = half == 16;
+    rope(p, nullptr);
+  }
+}
+
+void cross_entropy() {
+  for (int64_t n : {50, 3000, 9001}) {
+    const cuda_sim::Session session;
+    Call call(named("cross_entropy", n));
+    const int64_t rows = 6;
+    CrossEntropyForward f{};
+    CrossEntropy& p = f.of;
+    p.rows = rows, p.n = n, p.ignore_index = -100, p.smoothing = 0.1,
+    p.uniform = 0.1 / static_cast<double>(n), p.z_loss = 0.01;
+    p.reduction = n == 50 ? kNone : kMean;
+    p.x = call.rows(rows, n, kBf16), p.wide = p.x.wide(n);
+    auto* target = static_cast<int64_t*>(call.memory(rows * 8));
+    for (int64_t r = 0; r < rows; ++r) target[r] = r == 2 ? -100 : r * n / rows;
+    p.target = target, p.target_64 = true;
+    p.weight = call.floats(n);
+    p.lse = static_cast<double*>(call.written(rows * 8));
+    f.losses = static_cast<double*>(call.memory(rows * 8));
+    f.loss = call.rows(1, p.reduction == kNone ? rows : 1, kF32, true);
+    cross_entropy_fwd(f, nullptr);
+    CrossEntropyBackward b{};
+    b.of = p;
+    b.grad = call.rows(1, rows, kF32);
+    b.scales = static_cast<double*>(call.memory(24));
+    b.dx = call.rows(rows, n, kBf16, true);
+    cross_entropy_bwd(b, nullptr);
+  }
+}
+
+struct Named {
+  const char* file;
+  void (*run)();
+};
+const Named kFiles[] = {{"softmax", softmax},
+                        {"norm", norm},
+                        {"activation", activation},
+                        {"rope", rope},
+                        {"cross_entropy", cross_entropy}};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const auto seed = static_cast<uint32_t>(count > 1 ? std::stoul(arguments[1]) : 1);
+  cuda_sim::schedule() = {2, seed};
+  try {
+    for (const Named& one : kFiles)
+      if (count < 3 || std::string(arguments[2]) == one.file) one.run();
+  } catch (const cuda_sim::Fault& fault) {
+    printf("fault: %s\n", fault.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,188 @@
+// Kernels for tests/test_cuda_sim.py: right ones, and wrong ones that the simulator must tell.
+#include "selftest.h"
+
+#include "tile.h"
+
+namespace llmops::cuda {
+namespace {
+
+__global__ void sum_kernel(const float* x, float* y, int n) {
+  LLMOPS_SHARED(float, parts, 4);
+  float s = 0.0f;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) s += load(x + i);
+  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(kAllLanes, s, distance);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = s;
+  __syncthreads();
+  store(y + threadIdx.x, parts[0] + parts[1] + parts[2] + parts[3]);
+}
+
+__global__ void missing_barrier_kernel(const float* x, float* y) {
+  LLMOPS_SHARED(float, turned, 128);
+  turned[threadIdx.x] = load(x + threadIdx.x);
+  store(y + threadIdx.x, turned[127 - threadIdx.x]);
+}
+
+__global__ void missing_warp_barrier_kernel(const float* x, float* y) {
+  LLMOPS_SHARED(float, turned, 128);
+  turned[threadIdx.x] = load(x + threadIdx.x);
+  store(y + threadIdx.x, turned[threadIdx.x ^ 1]);
+}
+
+__global__ void divergent_barrier_kernel(float* y) {
+  if (threadIdx.x < 100) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  store(y + threadIdx.x, 1.0f);
+}
+
+__global__ void barrier_and_collective_kernel(float* y) {
+  if (threadIdx.x < 70) __syncthreads();
+  store(y + threadIdx.x, __shfl_sync(kAllLanes, 1.0f, 0));
+  if (threadIdx.x >= 70) __syncthreads();
+}
+
+__global__ void partial_mask_kernel(float* y) {
+  float v = static_cast<float>(threadIdx.x);
+  if (threadIdx.x % 32 < 16) v += __shfl_xor_sync(kAllLanes, v, 1);
+  store(y + threadIdx.x, v);
+}
+
+__global__ void foreign_lane_kernel(float* y) {
+  if (threadIdx.x % 32 < 16) store(y + threadIdx.x, __shfl_sync(0x0000ffffu, 1.0f, 20));
+}
+
+// 16 lanes meet twice as often as the others: what they gave must not be mixed up.
+__global__ void uneven_masks_kernel(float* y) {
+  const int lane = threadIdx.x % 32;
+  float v = static_cast<float>(lane);
+  if (lane < 16)
+    for (int i = 0; i < 3; ++i) v = __shfl_xor_sync(0x0000ffffu, v, 1);
+  v = __shfl_sync(kAllLanes, v, 31 - lane);
+  store(y + threadIdx.x, v);
+}
+
+__global__ void out_of_range_kernel(const float* x, float* y, int n) {
+  store(y + threadIdx.x, load(x + threadIdx.x + (threadIdx.x == 127 ? n : 0)));
+}
+
+__global__ void misaligned_kernel(const float* x, float* y) {
+  const auto* from = reinterpret_cast<const float4*>(x + 1);
+  store(y + threadIdx.x, load(from).x);
+}
+
+__global__ void shared_out_of_range_kernel(float* y) {
+  LLMOPS_SHARED(float, small, 127);
+  small[threadIdx.x] = 1.0f;
+  __syncthreads();
+  store(y + threadIdx.x, small[0]);
+}
+
+// Block 1 relies on what block 0 left in shared memory.
+__global__ void stale_shared_kernel(float* y) {
+  LLMOPS_SHARED(float, left, 128);
+  if (blockIdx.x == 0) left[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (blockIdx.x == 1) store(y + threadIdx.x, left[threadIdx.x]);
+}
+
+template <bool kWait, bool kLate>
+__global__ void copy_kernel(const float* x, float* y) {
+  LLMOPS_DYNAMIC_SHARED(float, tile);
+  if (threadIdx.x < 32) cp_async_16(tile + 4 * threadIdx.x, x + 4 * threadIdx.x);
+  cp_async_commit();
+  if (kWait && !kLate) cp_async_wait<0>();
+  __syncthreads();
+  store(y + threadIdx.x, tile[127 - threadIdx.x]);
+  if (kLate) cp_async_wait<0>();
+}
+
+// a [16, 16], b [16, 8] -> d [16, 8], all row by row.
+template <class T>
+__global__ void product_kernel(const T* a, const T* b, float* d) {
+  LLMOPS_SHARED(T, tile_a, 16 * 16);
+  LLMOPS_SHARED(T, tile_b, 16 * 8);
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) tile_a[i] = load(a + i);
+  for (int i = lane; i < 128; i += 32) tile_b[i] = load(b + i);
+  __syncwarp();
+  uint32_t x[4], y[4];
+  ldmatrix_x4(x, tile_a + lane % 16 * 16 + lane / 16 * 8);
+  // Rows of b are k: transposed they are the columns that mma wants. The upper half is not used.
+  ldmatrix_x4_transposed(y, tile_b + lane % 16 * 8);
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const uint32_t low[2] = {y[0], y[1]};
+  mma_m16n8k16(sum, x, low, T{});
+  for (int i = 0; i < 4; ++i) store(d + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, sum[i]);
+}
+
+__global__ void atomic_kernel(float* y) { atomicAdd(y, 1.0f); }
+
+}  // namespace
+
+bool selftest(const std::string& name, const float* x, float* y, int n) {
+  void* stream = nullptr;
+  if (name == "sum") {
+    LLMOPS_LAUNCH(sum_kernel, 1, 128, 0, stream, x, y, n);
+  } else if (name == "missing barrier") {
+    LLMOPS_LAUNCH(missing_barrier_kernel, 1, 128, 0, stream, x, y);
+  } else if (name == "missing warp barrier") {
+    LLMOPS_LAUNCH(missing_warp_barrier_kernel, 1, 128, 0, stream, x, y);
+  } else if (name == "divergent barrier") {
+    LLMOPS_LAUNCH(divergent_barrier_kernel, 1, 128, 0, stream, y);
+  } else if (name == "barrier and collective") {
+    LLMOPS_LAUNCH(barrier_and_collective_kernel, 1, 128, 0, stream, y);
+  } else if (name == "partial mask") {
+    LLMOPS_LAUNCH(partial_mask_kernel, 1, 128, 0, stream, y);
+  } else if (name == "foreign lane") {
+    LLMOPS_LAUNCH(foreign_lane_kernel, 1, 128, 0, stream, y);
+  } else if (name == "uneven masks") {
+    LLMOPS_LAUNCH(uneven_masks_kernel, 1, 128, 0, stream, y);
+  } else if (name == "out of range") {
+    LLMOPS_LAUNCH(out_of_range_kernel, 1, 128, 0, stream, x, y, n);
+  } else if (name == "misaligned") {
+    LLMOPS_LAUNCH(misaligned_kernel, 1, 128, 0, stream, x, y);
+  } else if (name == "shared out of range") {
+    LLMOPS_LAUNCH(shared_out_of_range_kernel, 1, 128, 0, stream, y);
+  } else if (name == "stale shared") {
+    LLMOPS_LAUNCH(stale_shared_kernel, 2, 128, 0, stream, y);
+  } else if (name == "copy") {
+    LLMOPS_LAUNCH((copy_kernel<true, false>), 1, 128, 512, stream, x, y);
+  } else if (name == "copy not waited for") {
+    LLMOPS_LAUNCH((copy_kernel<false, false>), 1, 128, 512, stream, x, y);
+  } else if (name == "copy waited for late") {
+    LLMOPS_LAUNCH((copy_kernel<true, true>), 1, 128, 512, stream, x, y);
+  } else if (name == "product bf16") {
+    const auto* a = reinterpret_cast<const __nv_bfloat16*>(x);
+    LLMOPS_LAUNCH(product_kernel<__nv_bfloat16>, 1, 32, 0, stream, a, a + 256, y);
+  } else if (name == "product fp16") {
+    const auto* a = reinterpret_cast<const __half*>(x);
+    LLMOPS_LAUNCH(product_kernel<__half>, 1, 32, 0, stream, a, a + 256, y);
+  } else if (name == "atomic") {
+    LLMOPS_LAUNCH(atomic_kernel, 100, 256, 0, stream, y);
+  } else if (name == "too many threads") {
+    LLMOPS_LAUNCH(atomic_kernel, 1, 2048, 0, stream, y);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+int64_t quotient(int64_t x, int64_t by) { return divided(x, Divisor(by)); }
+
+void convert(const float* x, uint16_t* y, float* back, int n, bool bf16) {
+  for (int i = 0; i < n; ++i) {
+    if (bf16) {
+      const auto value = from_float<__nv_bfloat16>(x[i]);
+      y[i] = value.bits;
+      back[i] = to_float(value);
+    } else {
+      const auto value = from_float<__half>(x[i]);
+      y[i] = value.bits;
+      back[i] = to_float(value);
+    }
+  }
+}
+
+}  // namespace llmops::cuda

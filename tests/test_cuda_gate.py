@@ -1,0 +1,48 @@
+"""tools/cuda_gate.py: what the table of registers and shared memory lets pass, and what not."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def gate() -> Any:
+    spec = importlib.util.spec_from_file_location("cuda_gate", ROOT / "tools" / "cuda_gate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def table(gate: Any) -> Any:
+    return json.loads(gate.TABLE.read_text())
+
+
+def test_cuda_gate_table_has_every_kernel_on_every_architecture(table: Any) -> None:
+    sources = "".join(f.read_text() for f in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    for name, entries in table.items():
+        assert set(entries) == {"sm_80", "sm_90a", "sm_100a", "sm_120"}, name
+        assert f"{name.split('<')[0]}(" in sources, f"{name} is no kernel of csrc/cuda"
+
+
+def test_cuda_gate_compares(gate: Any, table: Any) -> None:
+    assert gate.compare(table, table) == []
+    one = {name: {"sm_80": entries["sm_80"]} for name, entries in table.items()}
+    assert gate.compare(one, table) == []  # LLMOPS_CUDA_ARCHS=80
+    name = sorted(table)[0]
+    for key, more, bad in (("registers", gate.SLACK, 0), ("registers", 9, 1), ("shared", 1, 1)):
+        changed = copy.deepcopy(table)
+        changed[name]["sm_90a"][key] += more
+        assert len(gate.compare(changed, table)) == bad, (key, more)
+    fewer = {k: v for k, v in table.items() if k != name}
+    assert gate.compare(fewer, table) == [f"{name}: no longer there"]
+    assert gate.compare(table, fewer) == [f"{name}: not in the table"]
