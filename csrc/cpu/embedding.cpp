@@ -52,14 +52,16 @@ LLMOPS_INLINE void add_rows(int64_t dim, const T* a, const T* b, const T* next, 
   if (left > 0) store_n(y + i, load_n(a + i, left) + load_n(b + i, left), left);
 }
 
-// A row that no token has: most of them, and without the rounding that sum_rows would spend on them.
+// A row that no token has: most of them, and without the rounding that sum_rows would spend on
+// them.
 LLMOPS_INLINE void zero_row(int64_t bytes, void* to, bool past_caches) {
   if (!past_caches) {
     __builtin_memset(to, 0, bytes);
     return;
   }
   float* y = static_cast<float*>(to);
-  for (int64_t i = 0; i < bytes / static_cast<int64_t>(sizeof(float)); i += W) stream(y + i, zero());
+  for (int64_t i = 0; i < bytes / static_cast<int64_t>(sizeof(float)); i += W)
+    stream(y + i, zero());
 }
 
 // One row of the gradient: the sum of `count` rows of grad.
