@@ -54,7 +54,7 @@ if os.environ.get("LLMOPS_CUDA_SIM") == "1":
 
     from llmops.backends import get
 
-    build.load()
+    build.load().schedule(another_each_time=True)
     get("cuda").simulate()
 
 

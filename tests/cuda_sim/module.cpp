@@ -7,6 +7,9 @@
 
 namespace py = pybind11;
 
+namespace cuda_sim {
+extern bool another_seed_each_time;  // scheduler.cpp
+}
 namespace llmops::cuda {
 int64_t quotient(int64_t x, int64_t by);  // selftest.cu
 }
@@ -14,9 +17,14 @@ int64_t quotient(int64_t x, int64_t by);  // selftest.cu
 PYBIND11_MODULE(llmops_cuda_sim, m) {
   py::register_exception<cuda_sim::Fault>(m, "Fault");
   m.def(
-      "schedule", [](int order, uint32_t seed) { cuda_sim::schedule() = {order, seed}; },
-      "order 0: threads as numbered, 1: backwards, 2: drawn from the seed", py::arg("order") = 2,
-      py::arg("seed") = 1);
+      "schedule",
+      [](int order, uint32_t seed, bool another_each_time) {
+        cuda_sim::schedule() = {order, seed};
+        cuda_sim::another_seed_each_time = another_each_time;
+      },
+      "order 0: threads as numbered, 1: backwards, 2: drawn from the seed; another seed for each "
+      "operator that is called, so that two calls must give the same bits under both",
+      py::arg("order") = 2, py::arg("seed") = 1, py::arg("another_each_time") = false);
   // x and y by address; x_floats, y_floats: how much of them may be touched, 0: all.
   m.def("selftest", [](const std::string& name, uintptr_t x, uintptr_t y, int n, size_t x_floats,
                        size_t y_floats) {

@@ -563,7 +563,13 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
 
 Schedule& schedule() { return machine().schedule; }
 
-Session::Session() { machine().mutex.lock(); }
+// Whether each session draws from another seed than the last: set by module.cpp.
+bool another_seed_each_time = false;
+
+Session::Session() {
+  machine().mutex.lock();
+  if (another_seed_each_time) ++machine().schedule.seed;
+}
 Session::~Session() {
   Machine& m = machine();
   m.extents.clear();
