@@ -187,7 +187,7 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
         return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
     warps = 8 if dim > 64 else 4
     if backward or form & GENERAL.value:
-        walked = 64 if dim <= 64 else 16 if form & DROPOUT.value else 32
+        walked = 16 if form & DROPOUT.value and dim > 64 else 32
         return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
                 "num_stages": 1}  # fmt: skip
     return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
