@@ -32,12 +32,12 @@ from torch import Tensor
 def _to_key(x, SHIFT: tl.constexpr):
     """Integers in the order of the floats; SHIFT: the low bits that they all have alike."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
 def _from_key(key, SHIFT: tl.constexpr):
-    bits = (key << SHIFT).to(tl.int32)
+    bits = key << SHIFT
     bits = tl.where(bits < 0, bits | ((1 << SHIFT) - 1), bits)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -93,9 +93,13 @@ def _threshold(
 ):  # fmt: skip
     """The largest number between the keys low and high [ROWS, 1] whose tokens reach the target,
     which those of low do: a quarter of the range is left after each sweep."""
-    while tl.max(tl.max(high - low, 1), 0) > 0:
-        step = (high - low + 3) >> 2
-        a, b, c = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
+    while tl.max(tl.max((high > low).to(tl.int32), 1), 0) > 0:
+        # Unsigned: from -inf to a large logit it is more than 31 bits.
+        span = high.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)
+        step = ((span + 3) >> 2).to(tl.int32, bitcast=True)
+        a = low + step
+        b = tl.minimum(a + step, high)
+        c = tl.minimum(b + step, high)
         of_a, of_b, of_c = _sums_from(
             x, n, valid, top, temperature, cut, _from_key(a, SHIFT), _from_key(b, SHIFT),
             _from_key(c, SHIFT), MASS, ROWS, BLOCK,
@@ -200,10 +204,10 @@ _LEAST_TEMPERATURE = 1e-37  # a positive one stays positive in fp32
 def _table(n: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection. Interpreted, a few large programs."""
     interpreted = architecture() == "interpreter"
-    tile, most = (1 << 17, 4096) if interpreted else (4096, 16)
+    tile, most = (1 << 17, 4096) if interpreted else (2048, 2)
     block = min(_rows.power_of_2(n), tile)
     rows = min(tile // block, most)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(min(rows * block // 256, 16), 1)}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // 512, 1)}
 
 
 def candidates(key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
