@@ -184,7 +184,7 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
     amd = architecture().startswith("gfx")
     if dtype == torch.float32 or dim > 128:
         chunk = 64 if dtype == torch.float32 and not amd else 128
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 8, "num_stages": 1}
     warps = 8 if dim > 64 else 4
     if backward or form & GENERAL.value:
         walked = 16 if form & DROPOUT.value and dim > 64 else 32
