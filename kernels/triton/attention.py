@@ -13,6 +13,7 @@ Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -184,13 +185,28 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
     amd = architecture().startswith("gfx")
     if dtype == torch.float32 or dim > 128:
         chunk = 64 if dtype == torch.float32 and not amd else 128
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 8, "num_stages": 1}
+        config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 8, "num_stages": 1}
+        # Told no bound, ptxas spills a few registers for one more program on a processor.
+        return config if amd else {**config, "maxnreg": 255}
     warps = 8 if dim > 64 else 4
     if backward or form & GENERAL.value:
         walked = 16 if form & DROPOUT.value and dim > 64 else 32
         return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
                 "num_stages": 1}  # fmt: skip
     return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype, bool]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table; CHUNK stays the table's. Backward, BLOCK_M is what
+    a program holds and BLOCK_N what it walks over."""
+    dim, dtype, general = key
+    narrow = dtype == torch.float32 or dim > 128
+    for held in (32, 64) if narrow else (64, 128):
+        for walked in (16, 32) if narrow else (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (1, 2) if narrow or op.endswith("_bwd") or general else (1, 2, 3):
+                    yield {"BLOCK_M": held, "BLOCK_N": walked, "num_warps": warps,
+                           "num_stages": stages}  # fmt: skip
 
 
 class Problem:

@@ -37,6 +37,7 @@ from llmops.kernels.triton._attention_tile import (
 )  # fmt: skip
 from llmops.kernels.triton._launch import launch
 from llmops.kernels.triton.attention import Problem, dense, heads_like
+from llmops.kernels.triton.attention import candidates as candidates  # as many, for the backward
 from torch import Tensor
 
 
@@ -291,7 +292,7 @@ def backward(
     dmask = q.new_empty(mask.shape, dtype=torch.float32)
     if dmask.numel():
         constants["BLOCK_N"] = max(constants["BLOCK_N"] // 2, 16)  # its sums take registers too
-        if "num_warps" in constants:
+        if "num_warps" in constants and q.dtype != torch.float32:
             constants["num_warps"] //= 2
         sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
         tiles_m = 1 if sizes[2] == 1 else triton.cdiv(sizes[2], constants["BLOCK_M"])

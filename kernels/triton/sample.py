@@ -210,12 +210,12 @@ def _table(n: int) -> _config.Config:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // 512, 1)}
 
 
-def candidates(key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
-    n, _ = key
-    for block in (1024, 2048, 4096, 8192, 16384):
-        for warps in (4, 8, 16, 32):
-            if block <= max(n, 1024) and 128 <= block // warps <= 1024:
-                yield {"ROWS": max(block // n, 1), "BLOCK": min(block, n), "num_warps": warps}
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block in sorted({min(key[0], size) for size in (1024, 2048, 4096, 8192)}):
+        for config in _rows.tiles(block, most=1024):
+            if config["ROWS"] <= 4:
+                yield {**config, "BLOCK": block}
 
 
 def sample(

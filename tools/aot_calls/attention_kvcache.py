@@ -15,8 +15,10 @@ def calls(make: Any, call: Any) -> None:
         return make(*shape, dtype=torch.int32)
 
     for heads, kv_heads, dim in MODELS:
+        if dim != 128 and make.dtype != torch.bfloat16:
+            continue
         label = f"d={dim}"
-        # One row of heads or many, a split of the keys or none: all forms at D = 128 only.
+        # One row of heads or many, a split of the keys or none: all at D = 128 only.
         cases = ((1, 1), (32, 1), (1, 512)) if dim == 128 else ((32, 1), (1, 512))
         for batch, queries in cases:
             q = make(batch, heads, queries, dim)
