@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch, processors
+from llmops.kernels.triton._launch import all_registers, launch, processors
 from llmops.kernels.triton._norm import deviations, flat, rstd_of, scaled
 from torch import Tensor
 
@@ -220,7 +220,7 @@ def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config
         for rows in (1, 2, 4):
             for block in (1024, 2048, 4096):
                 for many in (1, 2, 4):
-                    yield {"ROWS": rows, "BLOCK": block, "num_warps": 8, "PER_PROCESSOR": many}
+                    yield {"ROWS": rows, "BLOCK": block, "PER_PROCESSOR": many}
         return
     for config in _rows.tiles(n, most=1024):
         for hold in (False, True):
@@ -250,6 +250,7 @@ def backward(
     rows, n = source.shape
     key = (_rows.power_of_2(n), h.dtype)
     config = dict(_config.choose(op, key, _backward_table(n)))
+    config |= all_registers(config["num_warps"])
     groups = triton.cdiv(rows, config["ROWS"])
     programs = min(processors() * config.pop("PER_PROCESSOR"), groups)
     long = "HOLD" not in config

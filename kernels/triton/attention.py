@@ -40,7 +40,7 @@ from llmops.kernels.triton._attention_tile import (
     rows_of,
     sequence,
 )  # fmt: skip
-from llmops.kernels.triton._launch import architecture, launch
+from llmops.kernels.triton._launch import all_registers, architecture, launch
 from torch import Tensor
 
 
@@ -185,14 +185,14 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
     amd = architecture().startswith("gfx")
     if dtype == torch.float32 or dim > 128:
         chunk = 64 if dtype == torch.float32 and not amd else 128
-        config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 8, "num_stages": 1}
-        # Told no bound, ptxas spills a few registers for one more program on a processor.
-        return config if amd else {**config, "maxnreg": 255}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 8, "num_stages": 1,
+                **all_registers(8)}  # fmt: skip
     warps = 8 if dim > 64 else 4
     if backward or form & GENERAL.value:
         walked = 16 if form & DROPOUT.value and dim > 64 else 32
+        bound = all_registers(warps) if architecture() == "sm100" else {}
         return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
-                "num_stages": 1}  # fmt: skip
+                "num_stages": 1, **bound}  # fmt: skip
     return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
 
 

@@ -37,7 +37,7 @@ PASSES: dict[str, str] = {
     "rope": "forward, backward",
     "rope_qk": "forward, backward",
     "rope_qk_": "in place",
-    "sample": "forward",
+    "sample": "forward (no gradient)",
     "scaled_dot_product_attention": "forward, backward",
     "softmax": "forward, backward",
     "swiglu": "forward, backward",
