@@ -39,17 +39,17 @@ test-part: install
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well.
 # Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention
 TRITON_PARTS ?= 40
-TRITON_ONLY ?= not attention or merge_attention
+TRITON_ONLY ?= not attention or merge_attention attention
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
-# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/16" is CI's part.
+# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/32" is CI's part.
 AOT ?=
-AOT_PARTS ?= 16
+AOT_PARTS ?= 32
 # The files of tools/aot_calls whose tables are complete.
-AOT_OPS ?= softmax
+AOT_OPS ?= softmax gelu embedding rope kv_cache_append_ merge_attention attention
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON)/triton: | $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \

@@ -14,5 +14,5 @@ def calls(make: Any, call: Any) -> None:
             call(f"n={n} plain", "sample", x, uniform, 0.8, 0, 1.0, 0.0)
             call(f"n={n} top-k", "sample", x, uniform, 0.8, 40, 1.0, 0.0)
             call(f"n={n} top-p", "sample", x, uniform, 0.8, 0, 0.9, 0.05)
+            call(f"n={n} greedy", "sample", x, None, 0.0, 0, 1.0, 0.0)
         call(f"n={n} every", "sample", x, uniform, 0.8, 40, 0.9, 0.05)
-        call(f"n={n} greedy", "sample", x, None, 0.0, 0, 1.0, 0.0)
