@@ -33,32 +33,32 @@ test test-all: install
 	$(BIN)/python -m pytest
 
 # Every op, and one of PARTS parts of the kit's other cases: PARTS successive commits run them all.
-PARTS ?= 6
+PARTS ?= 10
 test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well.
-# Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention
-TRITON_PARTS ?= 40
-TRITON_ONLY ?= not attention or merge_attention
+# Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention rms_norm swiglu
+TRITON_PARTS ?= 60
+TRITON_ONLY ?= not attention or merge_attention attention rms_norm swiglu
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
 
 # The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
 # make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.
-CUDA_PARTS ?= 12
+CUDA_PARTS ?= 24
 CUDA_ONLY ?= cuda
 test-cuda: install
 	LLMOPS_CUDA_SIM=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(CUDA_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "([cuda- or [cuda]) and ($(CUDA_ONLY))" --durations=10
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
-# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/16" is CI's part.
+# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/32" is CI's part.
 AOT ?=
-AOT_PARTS ?= 16
+AOT_PARTS ?= 48
 # The files of tools/aot_calls whose tables are complete.
-AOT_OPS ?= softmax
+AOT_OPS ?= softmax gelu embedding rope kv_cache_append_ merge_attention attention rms_norm swiglu
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON)/triton: | $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \

@@ -124,8 +124,10 @@ class Norm(nn.Module):
         return llmops.add_layer_norm(x, residual, shape, weight, bias, eps, backend=backend)
 
 
-def project(x: Tensor, layer: nn.Linear, backend: str | None) -> Tensor:
-    return llmops.linear(x, layer.weight, layer.bias, backend=backend)
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+    # There is no matrix product in Triton: on GPUs torch's own is what "auto" takes.
+    backend = "auto" if backend == "triton" else backend
+    return llmops.linear(x, weight, bias, backend=backend)
 
 
 class Attention(nn.Module):
@@ -140,7 +142,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, at: Place, cache: KVCache | None) -> Tensor:
         c, (B, T, _) = self.config, x.shape
         H, K, D = c.n_head, c.n_kv_head, c.d_head
-        qkv = project(x, self.qkv, c.backend)
+        qkv = project(x, self.qkv.weight, self.qkv.bias, c.backend)
         heads = qkv.view(B, T, H + 2 * K, D).transpose(1, 2)  # [B, H + 2K, T, D]
         q, k, v = heads.split((H, K, K), dim=1)  # views; the operators take any strides
         if at.cos is not None and at.sin is not None:
@@ -153,7 +155,8 @@ class Attention(nn.Module):
             y = llmops.attention(q, k, v, causal=True, backend=c.backend)
         else:  # its keys and values become the cache's newest, and the queries see all of it
             y = cache.attend(q, k, v, self.layer, backend=c.backend)
-        return project(y.transpose(1, 2).reshape(B, T, H * D), self.out, c.backend)
+        y = y.transpose(1, 2).reshape(B, T, H * D)
+        return project(y, self.out.weight, self.out.bias, c.backend)
 
 
 class MLP(nn.Module):
@@ -166,13 +169,13 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = project(x, self.up, self.backend)  # [B, T, F] or [B, T, 2F]
+        h = project(x, self.up.weight, self.up.bias, self.backend)  # [B, T, F] or [B, T, 2F]
         if self.activation == "swiglu":
             h = llmops.swiglu(h, backend=self.backend)
         else:
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
             h = llmops.gelu(h, approximate=approximate, backend=self.backend)
-        return project(h, self.down, self.backend)
+        return project(h, self.down.weight, self.down.bias, self.backend)
 
 
 class Block(nn.Module):
@@ -255,7 +258,7 @@ class GPT(nn.Module):
         added to it. last_only gives the last token's logits, [B, 1, V]: all that generation needs.
         """
         h = self._hidden(ids, cache, last_only)
-        return llmops.linear(h, self._head_weight(), backend=self.config.backend)
+        return project(h, self._head_weight(), None, self.config.backend)
 
     def _head_weight(self) -> Tensor:  # [V, C]
         return self.tokens if self.head is None else self.head.weight

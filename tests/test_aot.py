@@ -32,6 +32,11 @@ more = {**good, "registers": 61 + aot.SLACK}
 assert list(aot.grown(good, more))[0].startswith("registers 60 ->")
 assert list(aot.grown(good, {**good, "shared": 1025})) == ["shared 1024 -> 1025"]
 assert list(aot.grown(good, {**good, "spills": 1})) == ["spills 0 -> 1"]
+assert list(aot.grown(good, {**good, "moved": 1})) == ["moved 0 -> 1"]
+amd = ".vgpr_count: 9 .vgpr_spill_count: 0 .sgpr_spill_count: 3 .private_segment_fixed_size: {}"
+assert aot._amd({"amdgcn": amd.format(0)}) == {
+    "registers": 9, "spills": 0, "moved": 3, "instructions": []}
+assert aot._amd({"amdgcn": amd.format(8)})["spills"] == 3
 assert list(aot.grown(good, {**good, "instructions": ["HMMA"]})) == ["no longer uses HGMMA"]
 assert "3 spills" in list(aot.broken(job, {**good, "spills": 3}))[0]
 assert not list(aot.broken(replace(job, spills="its reason"), {**good, "spills": 3}))

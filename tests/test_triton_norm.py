@@ -23,10 +23,10 @@ WANTED = ("5x129", "3x40-none", "fp32-residual-7x80", "outliers-first-4x200")
 def test_triton_norm_long_rows(
     spec: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmops.kernels.triton import _config, _norm, _rows
+    from llmops.kernels.triton import _config, _norm_bwd, _rows
 
     monkeypatch.setattr(_rows, "LONGEST", 16)
-    monkeypatch.setattr(_norm, "LONGEST_BACKWARD", 16)
+    monkeypatch.setattr(_norm_bwd, "LONGEST_BACKWARD", 16)
     names = ("layer_norm", "layer_norm_bwd", "rms_norm", "rms_norm_bwd")
     monkeypatch.setattr(_config, "_overrides", {name: {"BLOCK": 64} for name in names})
     for sample in spec.samples(Make(dtype)):

@@ -34,7 +34,7 @@ ours = with_backward("fwd", lambda t: llmops.softmax(t, backend="triton"), (x,))
 case = Case("softmax", "fwd", torch.float32, "", ours,
             with_backward("fwd", lambda t: torch.softmax(t, -1), (x,)))
 options = [{"BLOCK": 32}, {"ROWS": 2}, {"ROWS": 4}, {"BLOCK": 48}]
-softmax.candidates = lambda key: options
+softmax.candidates = lambda op, key: options
 seconds = {}
 
 def time(call, number):  # BLOCK=32 is too short for these rows and wrong: it must not come here
@@ -60,21 +60,21 @@ def test_tune_file_serves_later_processes_of_the_same_device(tmp_path: Path) -> 
 import torch
 from llmops.kernels.triton import _config
 _config.save({"softmax": {(64, torch.float32): {"ROWS": 2}}})
-_config.save({"softmax": {(128, torch.bfloat16): {"ROWS": 4}}, "rope": {("q", 8): {"BLOCK": 64}}})
+_config.save({"softmax": {(128, torch.bfloat16): {"ROWS": 4}}, "rope": {("q", 8): {"ROWS": 64}}})
 """
     use = """
 import torch
 from llmops.kernels.triton import _config, _launch
 table = {"ROWS": 1}
 def choices():
-    return [_config.choose(*x, table) for x in (
+    return [_config.choose(*x, {**table, "num_warps": 4}) for x in (
         ("softmax", (64, torch.float32)), ("softmax", (128, torch.bfloat16)),
         ("softmax", (64, torch.bfloat16)), ("rope", ("q", 8)), ("gelu", (1,)))]
 with _launch.recording("sm90"):
-    assert choices() == [table] * 5
+    assert choices() == [{**table, "num_warps": 4}] * 5
 print([list(x.values())[0] for x in choices()])
 with _config.override("softmax", ROWS=9):
-    assert choices()[0] == {"ROWS": 9}
+    assert choices()[0] == {"ROWS": 9, "num_warps": 4}  # what tuning does not name is the table's
 """
     in_fresh_python(save, file, "0")
     assert in_fresh_python(use, file, "0").strip() == "[2, 4, 1, 64, 1]"
@@ -94,3 +94,61 @@ def test_tune_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is a GPU")
     assert main(["tune", "softmax"]) != 0
     assert "needs a CUDA or ROCm GPU" in capsys.readouterr().err
+
+
+CANDIDATES = """
+import torch, llmops
+from llmops.bench import tune
+from llmops.bench.harness import compare, outcome, Case, with_backward
+from llmops.kernels.triton import _config
+import torch.nn.functional as F
+torch.manual_seed(0)
+x, w, ids = torch.randn(6, 40), torch.rand(40) + 0.5, torch.arange(6)
+q = torch.randn(1, 2, 70, 16)
+angles = torch.randn(70, 8)
+cos, sin = angles.cos(), angles.sin()
+def turned(q):
+    a, b = q.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+calls = {
+    "softmax": (lambda x: llmops.softmax(x), lambda x: x.softmax(-1), (x,)),
+    "gelu": (lambda x: llmops.gelu(x), F.gelu, (x,)),
+    "swiglu": (lambda a, b: llmops.swiglu(a, b), lambda a, b: F.silu(a) * b, (x, x.flip(0))),
+    "rms_norm": (lambda x, w: llmops.rms_norm(x, (40,), w, 1e-5),
+                 lambda x, w: F.rms_norm(x, (40,), w, 1e-5), (x, w)),
+    "layer_norm": (lambda x, w: llmops.layer_norm(x, (40,), w, w),
+                   lambda x, w: F.layer_norm(x, (40,), w, w), (x, w)),
+    "cross_entropy": (lambda x: llmops.cross_entropy(x, ids),
+                      lambda x: F.cross_entropy(x, ids), (x,)),
+    "rope": (lambda q: llmops.rope(q, cos, sin), turned, (q,)),
+    "attention": (lambda q: llmops.attention(q, q, q, causal=True),
+                  lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), (q,)),
+}
+reached = set()
+with llmops.use_backend("triton"):
+    for name, (ours, plain, inputs) in calls.items():
+        inputs = tuple(t.clone().requires_grad_() for t in inputs)
+        case = Case(name, "fwd+bwd", torch.float32, "", with_backward("fwd+bwd", ours, inputs),
+                    with_backward("fwd+bwd", plain, inputs))
+        want = outcome(case, case.torch)
+        with _config.watching() as seen:
+            case.ours()
+        for op, key in dict.fromkeys(seen):
+            options = tune.candidates(op, key)
+            assert 1 < len(options) < 64, (op, key, len(options))
+            reached.add(op)
+            for option in options[:: len(options) - 1]:
+                with _config.override(op, **option):
+                    compare(case, outcome(case, case.ours), want)
+backward = {f"{op}_bwd" for op in ("softmax", "gelu", "rms_norm", "layer_norm", "cross_entropy")}
+assert reached == {*calls, *backward, "glu_bwd", "attention_bwd"}, reached
+from llmops.kernels.triton import _norm, _norm_bwd, cross_entropy, sample  # long rows
+for module in (_norm, _norm_bwd, cross_entropy, sample):
+    found = list(module.candidates("", (65536, torch.bfloat16)))
+    assert 1 < len(found) < 64 and all("BLOCK" in c or "LANES" in c for c in found)
+"""
+
+
+def test_tune_candidates_give_right_results(tmp_path: Path) -> None:
+    """The first and the last of each op's, forward and backward, interpreted."""
+    in_fresh_python(CANDIDATES, tmp_path / "tuned.json", "1")

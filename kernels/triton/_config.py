@@ -3,7 +3,8 @@
 Each op's file has its table, a function of what matters (row length or head dimension, dtype,
 architecture) that gives a configuration: a dict of constexprs with num_warps and num_stages.
 `choose` takes, in this order: what `override` says (tests, tuning), what `llmops tune` found on
-this device, and the table's. Where a file has `candidates(key)`, `llmops tune` tries those.
+this device, and the table's. Where a file has `candidates(op, key)`, `llmops tune` tries
+those; what they do not name is the table's.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def choose(op: str, key: Key, table: Config) -> Config:
     config = table
     if not _launch.INTERPRETED and not _launch.is_recording():
         found = (load() if tuned is None else tuned).get(op)
-        config = table if found is None else found.get(key, table)
+        config = table if found is None else {**table, **found.get(key, {})}
     forced = _overrides.get(op)
     return config if forced is None else {**config, **forced}
 

@@ -3,6 +3,9 @@ else rows of the last dimension."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
@@ -31,6 +34,14 @@ def table(rows: int, n: int) -> _config.Config:
     block = min(_rows.power_of_2(n), _rows.TILE // 2)
     many = max(1, min(_rows.TILE // 2 // block, 16, _rows.power_of_2(rows)))
     return {"ROWS": many, "BLOCK": block, "num_warps": min(max(many * block // 512, 1), 4)}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block in sorted({min(key[0], size) for size in (256, 512, 1024, 2048, 4096, 8192)}):
+        for config in _rows.tiles(block, most=1024):
+            if config["ROWS"] == 1 or block == key[0]:
+                yield {**config, "BLOCK": block}
 
 
 def grid(rows: int, n: int, config: _config.Config) -> tuple[tuple[int], int]:

@@ -5,7 +5,8 @@ a maximum with NaN as NumPy does and not as GPUs do, and reads whatever lies at 
 
 - bf16 is rounded to nearest even, and arithmetic on it is that of fp32, rounded;
 - tl.maximum and tl.minimum give the number where one side is NaN, as compiled code does;
-- a load or store of an address outside the launch's tensors raises, naming the address's tensor.
+- a load or store of an address outside the launch's tensors raises, naming the address's tensor;
+- a call of a helper no longer replaces all of triton.language anew: half the time of many kernels.
 
 Tried on Triton 3.6.0 and 3.7.1, whose interpreter this patches in place.
 """
@@ -195,6 +196,30 @@ def _check_memory() -> None:
     interpreter.GridExecutor._init_args_hst = init_args_hst
 
 
+def _patch_once() -> None:
+    """The functions of triton.language are replaced once per launch, not at every helper's call."""
+    patched: list[Any] = []  # the modules of which they are, in the launch in progress
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_lang(fn: Any) -> Any:
+        modules = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
+        if modules and all(m in patched for m in modules):
+            return interpreter._LangPatchScope()
+        patched.extend(modules)
+        return patch(fn)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        try:
+            run(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang = patch_lang
+    interpreter.GridExecutor.__call__ = call
+
+
 _repair_arithmetic()
 _repair_sums()
 _check_memory()
+_patch_once()

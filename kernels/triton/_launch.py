@@ -83,6 +83,14 @@ def processors() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
 
 
+def all_registers(num_warps: int) -> dict[str, int]:
+    """A launch option: the bound on registers that NVIDIA's processors set themselves. Told none,
+    ptxas may spill a few to fit one more program on a processor."""
+    if not architecture().startswith("sm"):
+        return {}
+    return {"maxnreg": min(65536 // (32 * num_warps), 255)}
+
+
 def is_recording() -> bool:
     return _recorded is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ def tile(n: int, per_thread: int = 32) -> _config.Config:
     rows = max(1, min(TILE // block, 16))
     warps = min(max(rows * block // (32 * per_thread), 1), 16)
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+
+
+def tiles(n: int, most: int = 2048) -> Iterator[_config.Config]:
+    """Candidates for rows of n elements in registers: 128 to `most` elements to a warp."""
+    for rows in (1, 2, 4, 8, 16, 32):
+        for warps in (1, 2, 4, 8, 16):
+            if 128 * warps <= rows * n <= most * warps:
+                yield {"ROWS": rows, "num_warps": warps}
 
 
 def as_rows(x: Tensor, dims: int = 1) -> Tensor:

@@ -13,6 +13,7 @@ Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from llmops.kernels.triton._attention_tile import (
     rows_of,
     sequence,
 )  # fmt: skip
-from llmops.kernels.triton._launch import architecture, launch
+from llmops.kernels.triton._launch import all_registers, architecture, launch
 from torch import Tensor
 
 
@@ -177,20 +178,37 @@ def dense(x: Tensor) -> Tensor:
 
 
 def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) -> _config.Config:
-    """Blocks, warps, stages and the chunk of D: not measured. Compiled for sm_90 in part, without
-    spills up to D = 128; on gfx942 16-bit forms spill scalar registers (benchmarks/NOTES.md)."""
+    """Blocks, warps, stages and the chunk of D: not measured; from ahead-of-time inspection, the
+    largest that spill nothing."""
     if architecture() == "interpreter":  # few programs, yet of several blocks in the tests
         return {"BLOCK_M": 64, "BLOCK_N": 64 if keys <= 256 else 256, "CHUNK": 256}
     amd = architecture().startswith("gfx")
     if dtype == torch.float32 or dim > 128:
-        chunk = 64 if dtype == torch.float32 and not amd else 128
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
+        chunk = 64 if dtype == torch.float32 or amd else 128
+        warps = 4 if amd else 8
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": warps, "num_stages": 1,
+                **all_registers(warps)}  # fmt: skip
     warps = 8 if dim > 64 else 4
     if backward or form & GENERAL.value:
-        walked = 64 if dim <= 64 else 16 if form & DROPOUT.value else 32
+        walked = 16 if dim > 64 and (amd or form & DROPOUT.value) else 32
+        bound = all_registers(warps) if architecture() == "sm100" else {}
         return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
-                "num_stages": 1}  # fmt: skip
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
+                "num_stages": 1, **bound}  # fmt: skip
+    walked = 32 if amd and dim > 64 else 64
+    return {"BLOCK_M": 128, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype, bool]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table; CHUNK stays the table's. Backward, BLOCK_M is what
+    a program holds and BLOCK_N what it walks over."""
+    dim, dtype, general = key
+    narrow = dtype == torch.float32 or dim > 128
+    for held in (32, 64) if narrow else (64, 128):
+        for walked in (16, 32) if narrow else (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (1, 2) if narrow or op.endswith("_bwd") or general else (1, 2, 3):
+                    yield {"BLOCK_M": held, "BLOCK_N": walked, "num_warps": warps,
+                           "num_stages": stages}  # fmt: skip
 
 
 class Problem:

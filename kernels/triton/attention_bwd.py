@@ -1,7 +1,8 @@
 """Attention's gradients, in the deterministic split form: programs that hold a block of keys sum
 dK and dV over the queries of a group of heads, those that hold a block of queries sum dQ; the
-gradients of an additive mask and of the sinks apart. No atomics: the same bits in every run.
-Formula: `_attention_tile.py`; seven products of 2 Tq Tk D flops per head. Dao, 2023.
+gradients of an additive mask and of the sinks apart. Blocks that nothing cuts are summed without a
+comparison, as forward. No atomics: the same bits in every run. `_attention_bwd_tile.py` has the
+loops. Formula: `_attention_tile.py`; seven products of 2 Tq Tk D flops per head. Dao, 2023.
 """
 
 from __future__ import annotations
@@ -11,25 +12,32 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from llmops.kernels.triton._attention_bwd_mask import attention_bwd_dmask_kernel
+from llmops.kernels.triton._attention_bwd_tile import (
+    add_key_gradients,
+    add_query_gradients,
+    cut_blocks,
+)
 from llmops.kernels.triton._attention_tile import (
     ADDED_MASK,
     ALIBI,
     BOOL_MASK,
     DROPOUT,
+    GENERAL,
     LOG2E,
     NATURAL,
     SINKS,
-    dropped,
+    block_range,
     key_range,
     modify_scores,
     product,
     query_range,
     rows_of,
     sequence,
-    weights_and_gradients,
 )  # fmt: skip
 from llmops.kernels.triton._launch import launch
 from llmops.kernels.triton.attention import Problem, dense, heads_like
+from llmops.kernels.triton.attention import candidates as candidates  # as many, for the backward
 from torch import Tensor
 
 
@@ -103,40 +111,6 @@ def attention_prepare_kernel(
 
 
 @triton.jit
-def _gradients(
-    q_tile, q_rows, q_keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows, lse, delta, norm,
-    at, alive, m, n, start, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed,
-    plane, below, keep_scale,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
-    QUERIES_IN_ROWS: tl.constexpr, CUT: tl.constexpr,
-):  # fmt: skip
-    """P and dS of a tile, [M, N] or [N, M]; the rows' lse, delta and norm are loaded here."""
-    log_sum = tl.load(lse + at, mask=alive, other=float("inf"))
-    log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
-    if not (NATURAL & FORM):
-        log_sum = log_sum * LOG2E
-    d = tl.load(delta + at, mask=alive, other=0.0)
-    w = d
-    if NATURAL & FORM:
-        w = tl.load(norm + at, mask=alive, other=0.0)
-    if QUERIES_IN_ROWS:
-        s = product(q_tile, q_rows, q_keep, k_tile, k_rows, held, DIM, BLOCK_D, PRECISION)
-        dp = product(g_tile, g_rows, q_keep, v_tile, v_rows, held, DIM_V, BLOCK_DV, PRECISION)
-        query, key, log_sum, d, w = m[:, None], n[None, :], log_sum[:, None], d[:, None], w[:, None]
-    else:
-        s = product(k_tile, k_rows, held, q_tile, q_rows, q_keep, DIM, BLOCK_D, PRECISION)
-        dp = product(v_tile, v_rows, held, g_tile, g_rows, q_keep, DIM_V, BLOCK_DV, PRECISION)
-        query, key, log_sum, d, w = m[None, :], n[:, None], log_sum[None, :], d[None, :], w[None, :]
-    s, derivative = modify_scores(s * factor, query, key, queries, keys, left, right, slope, cap,
-                                  mask_rows, mask_n, FORM, CUT)  # fmt: skip
-    drop = s
-    if DROPOUT & FORM:
-        drop = dropped(seed, plane, query, start, below, BLOCK_N, QUERIES_IN_ROWS)
-    return weights_and_gradients(s, dp, log_sum, d, w, drop, keep_scale, derivative, FORM)
-
-
-@triton.jit
 def attention_bwd_dkdv_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
@@ -158,7 +132,7 @@ def attention_bwd_dkdv_kernel(
     inside = (n < keys)[:, None]
     row = (k_start + n)[:, None]
     k_rows, v_rows = k + b * k_b + g * k_h + row * k_t, v + b * v_b + g * v_h + row * v_t
-    low, _, _, high = query_range(first, BLOCK_N, queries, keys, left, right, FORM)
+    low, full_low, full_high, high = query_range(first, BLOCK_N, queries, keys, left, right, FORM)
     seen = inside & (low < high)
     k_tile = rows_of(k_rows, seen, 0, DIM, BLOCK_D, True)
     v_tile = rows_of(v_rows, seen, 0, DIM_V, BLOCK_DV, True)
@@ -170,36 +144,36 @@ def attention_bwd_dkdv_kernel(
         seed_value = tl.load(seed)
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    begin, a, z = block_range(low, full_low, full_high, high, BLOCK_M)
+    if GENERAL & FORM:
+        a, z = begin, begin
+    cut = cut_blocks(begin, a, z, high, BLOCK_M)
     for member in range(group):  # the group's sum, in this order
         h = g * group + member
+        slope, mask_base = 0.0, mask
         if ALIBI & FORM:
             slope = tl.load(slopes + b * slope_b + h * slope_h)
-        else:
-            slope = 0.0
-        for start in range(low // BLOCK_M * BLOCK_M, high, BLOCK_M):
-            m = start + tl.arange(0, BLOCK_M)
-            at = b * lse_b + h * lse_h + q_start + m
-            alive = m < high
-            # A row without a key has no gradient, whatever its q and dout hold (0 * NaN is NaN).
-            alive = alive & (m >= low) & (
-                tl.load(lse + at, mask=alive, other=0.0) != -float("inf"))  # fmt: skip
-            keep = alive[:, None]
-            q_rows = q + b * q_b + h * q_h + (q_start + m)[:, None] * q_t
-            g_rows = dout + b * dout_b + h * dout_h + (q_start + m)[:, None] * dout_t
-            if (BOOL_MASK | ADDED_MASK) & FORM:
-                mask_rows = mask + b * mask_b + h * mask_h + m.to(tl.int64)[None, :] * mask_t
-            else:
-                mask_rows = mask
-            q_tile = rows_of(q_rows, keep, part, DIM, BLOCK_D, True)
-            g_tile = rows_of(g_rows, keep, part, DIM_V, BLOCK_DV, True)
-            p, _ds, dx = _gradients(
-                q_tile, q_rows, keep, k_tile, k_rows, seen, g_tile, g_rows, v_tile, v_rows, lse,
-                delta, norm, at, alive, m, n, first, queries, keys, factor, left, right, slope, cap,
-                mask_rows, mask_n, seed_value, (b * heads + h).to(tl.int32), below, keep_scale, DIM,
-                DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, False, True,
+        if (BOOL_MASK | ADDED_MASK) & FORM:
+            mask_base = mask + b * mask_b + h * mask_h
+        q_base = q + b * q_b + h * q_h + q_start * q_t
+        g_base = dout + b * dout_b + h * dout_h + q_start * dout_t
+        at = b * lse_b + h * lse_h + q_start
+        plane = (b * heads + h).to(tl.int32)
+        if not (GENERAL & FORM):
+            dk_sum, dv_sum = add_key_gradients(
+                dk_sum, dv_sum, q_base, g_base, q_t, dout_t, k_tile, k_rows, seen, v_tile, v_rows,
+                lse, delta, norm, at, (z - a) // BLOCK_M, begin, a, z, low, high, n, first, queries,
+                keys, factor, left, right, slope, cap, mask_base, mask_t, mask_n, seed_value, plane,
+                below, keep_scale, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM,
+                PRECISION, False,
             )  # fmt: skip
-            dv_sum = tl.dot(p.to(g_tile.dtype), g_tile, dv_sum, input_precision=PRECISION)
-            dk_sum = tl.dot(dx.to(q_tile.dtype), q_tile, dk_sum, input_precision=PRECISION)
+        dk_sum, dv_sum = add_key_gradients(
+            dk_sum, dv_sum, q_base, g_base, q_t, dout_t, k_tile, k_rows, seen, v_tile, v_rows,
+            lse, delta, norm, at, cut, begin, a, z, low, high, n, first, queries, keys, factor,
+            left, right, slope, cap, mask_base, mask_t, mask_n, seed_value, plane, below,
+            keep_scale, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
+            True,
+        )  # fmt: skip
     if DROPOUT & FORM:
         dv_sum = dv_sum * keep_scale
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -246,101 +220,29 @@ def attention_bwd_dq_kernel(
     if DROPOUT & FORM:
         seed_value = tl.load(seed)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low, _, _, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
-    for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        held = ((n >= low) & (n < high))[:, None]
-        k_rows = k + b * k_b + h // group * k_h + (k_start + n)[:, None] * k_t
-        v_rows = v + b * v_b + h // group * v_h + (k_start + n)[:, None] * v_t
-        k_tile = rows_of(k_rows, held, part, DIM, BLOCK_D, True)
-        v_tile = rows_of(v_rows, held, 0, DIM_V, BLOCK_DV, True)
-        _p, _ds, dx = _gradients(
-            q_tile, q_rows, keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows, lse, delta,
-            norm, at, alive, m, n, start, queries, keys, factor, left, right, slope, cap, mask_rows,
-            mask_n, seed_value, (b * heads + h).to(tl.int32), below, keep_scale, DIM, DIM_V,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, True, True,
+    k_base = k + b * k_b + h // group * k_h + k_start * k_t
+    v_base = v + b * v_b + h // group * v_h + k_start * v_t
+    plane = (b * heads + h).to(tl.int32)
+    low, full_low, full_high, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
+    begin, a, z = block_range(low, full_low, full_high, high, BLOCK_N)
+    if GENERAL & FORM:
+        a, z = begin, begin
+    else:
+        sums = add_query_gradients(
+            sums, q_tile, q_rows, keep, g_tile, g_rows, k_base, v_base, k_t, v_t, lse, delta, norm,
+            at, alive, m, (z - a) // BLOCK_N, begin, a, z, low, high, queries, keys, factor, left,
+            right, slope, cap, mask_rows, mask_n, seed_value, plane, below, keep_scale, part, DIM,
+            DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, False,
         )  # fmt: skip
-        sums = tl.dot(dx.to(k_tile.dtype), k_tile, sums, input_precision=PRECISION)
+    sums = add_query_gradients(
+        sums, q_tile, q_rows, keep, g_tile, g_rows, k_base, v_base, k_t, v_t, lse, delta, norm, at,
+        alive, m, cut_blocks(begin, a, z, high, BLOCK_N), begin, a, z, low, high, queries, keys,
+        factor, left, right, slope, cap, mask_rows, mask_n, seed_value, plane, below, keep_scale,
+        part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, True,
+    )  # fmt: skip
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     tl.store(dq + b * dq_b + h * dq_h + row * dq_t + d, (sums * scale).to(dq.dtype.element_ty),
              mask=(m < queries)[:, None] & (d < DIM))  # fmt: skip
-
-
-@triton.jit
-def attention_bwd_dmask_kernel(
-    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
-    right, cap, below, keep_scale,
-    dout, lse, delta, norm, dmask, dout_b, dout_h, dout_t, lse_b, lse_h, batches, size_b, size_h,
-    size_m, size_n, tiles_m, tiles_n,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of the mask: dS summed over what the mask broadcasts along, in a fixed order."""
-    index = tl.program_id(0)
-    tile_n, tile_m = index % tiles_n, index // tiles_n % tiles_m
-    mh, mb = index // tiles_n // tiles_m % size_h, index // tiles_n // tiles_m // size_h
-    b0, b1, h0, h1 = 0, batches, 0, heads
-    if size_b > 1:
-        b0, b1 = mb, mb + 1
-    if size_h > 1:
-        h0, h1 = mh, mh + 1
-    m0, m1, n0, n1 = 0, queries, 0, keys
-    if size_m > 1:
-        m0, m1 = tile_m * BLOCK_M, tl.minimum(tile_m * BLOCK_M + BLOCK_M, queries)
-    if size_n > 1:
-        n0, n1 = tile_n * BLOCK_N, tl.minimum(tile_n * BLOCK_N + BLOCK_N, keys)
-    factor = scale
-    seed_value = 0
-    if DROPOUT & FORM:
-        seed_value = tl.load(seed)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for bi in range(b0, b1):
-        b = tl.cast(bi, tl.int64)
-        for hi in range(h0, h1):
-            h = tl.cast(hi, tl.int64)
-            if ALIBI & FORM:
-                slope = tl.load(slopes + b * slope_b + h * slope_h)
-            else:
-                slope = 0.0
-            for start_m in range(m0, m1, BLOCK_M):
-                m = start_m + tl.arange(0, BLOCK_M)
-                at = b * lse_b + h * lse_h + m
-                alive = tl.load(lse + at, mask=m < queries, other=-float("inf")) != -float("inf")
-                keep, row = alive[:, None], m.to(tl.int64)[:, None]
-                q_rows, g_rows = (
-                    q + b * q_b + h * q_h + row * q_t,
-                    dout + b * dout_b + h * dout_h + row * dout_t,
-                )
-                q_tile = rows_of(q_rows, keep, 0, DIM, BLOCK_D, True)
-                g_tile = rows_of(g_rows, keep, 0, DIM_V, BLOCK_DV, True)
-                mask_rows = mask + b * mask_b + h * mask_h + row * mask_t
-                low, _, _, high = key_range(start_m, BLOCK_M, queries, keys, left, right, FORM)
-                for start in range(
-                    tl.maximum(n0, low // BLOCK_N * BLOCK_N), tl.minimum(n1, high), BLOCK_N
-                ):
-                    n = start + tl.arange(0, BLOCK_N)
-                    held, column = ((n >= low) & (n < high))[:, None], n.to(tl.int64)[:, None]
-                    k_rows = k + b * k_b + h // group * k_h + column * k_t
-                    v_rows = v + b * v_b + h // group * v_h + column * v_t
-                    k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, True)
-                    v_tile = rows_of(v_rows, held, 0, DIM_V, BLOCK_DV, True)
-                    _p, ds, _dx = _gradients(
-                        q_tile, q_rows, keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows,
-                        lse, delta, norm, at, alive, m, n, start, queries, keys, factor, left,
-                        right, slope, cap, mask_rows, mask_n, seed_value,
-                        (b * heads + h).to(tl.int32), below, keep_scale, DIM, DIM_V, BLOCK_M,
-                        BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, True, True,
-                    )  # fmt: skip
-                    sums += ds
-    i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    if size_m == 1:
-        sums = tl.where(i == 0, tl.sum(sums, 0)[None, :], 0.0)
-    if size_n == 1:
-        sums = tl.where(j == 0, tl.sum(sums, 1)[:, None], 0.0)
-    i, j = tile_m * BLOCK_M + i, tile_n * BLOCK_N + j
-    plane = (mb * size_h + mh).to(tl.int64)
-    tl.store(dmask + (plane * size_m + i) * size_n + j, sums, mask=(i < size_m) & (j < size_n))
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -390,7 +292,7 @@ def backward(
     dmask = q.new_empty(mask.shape, dtype=torch.float32)
     if dmask.numel():
         constants["BLOCK_N"] = max(constants["BLOCK_N"] // 2, 16)  # its sums take registers too
-        if "num_warps" in constants:
+        if "num_warps" in constants and q.dtype != torch.float32:
             constants["num_warps"] //= 2
         sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
         tiles_m = 1 if sizes[2] == 1 else triton.cdiv(sizes[2], constants["BLOCK_M"])

@@ -42,6 +42,8 @@ def gelu_bwd_kernel(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
+candidates = _elementwise.candidates
+
 
 def gelu(x: Tensor, tanh: bool) -> Tensor:
     """x of any shape and strides; y is contiguous."""

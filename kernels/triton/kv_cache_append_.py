@@ -63,10 +63,11 @@ def kv_cache_append_kernel(
 # ---- launcher ------------------------------------------------------------------------------------
 
 
-def _table(n: int) -> _config.Config:
-    """Few rows per program, for a decode step has few. Not measured yet."""
+def _table(n: int, size: int) -> _config.Config:
+    """Few rows per program, for a decode step has few: 32 bytes to a thread, whose addresses are
+    64-bit. Not measured yet; from ahead-of-time inspection."""
     block = min(_rows.power_of_2(n), 512)
-    return {"ROWS": max(1, min(1024 // block, 16)), "BLOCK": block, "num_warps": 2}
+    return {"ROWS": max(1, min(2048 // size // block, 16)), "BLOCK": block, "num_warps": 2}
 
 
 def kv_cache_append_(
@@ -89,7 +90,7 @@ def kv_cache_append_(
         table, strides = block_table, block_table.stride()
         capacity = page * block_table.shape[1]
     widest = _rows.power_of_2(max(dim, dim_v))
-    config = _config.choose("kv_cache_append_", (widest, k.dtype), _table(widest))
+    config = _config.choose("kv_cache_append_", (widest, k.dtype), _table(widest, k.itemsize))
     launch(
         kv_cache_append_kernel, (triton.cdiv(rows, config["ROWS"]), 2), k, v, k_cache, v_cache,
         cache_seqlens, table, rows, heads, tokens, dim, dim_v, capacity, k_cache.shape[0], page,

@@ -4,8 +4,15 @@ with centering. Ba, Kiros and Hinton, "Layer Normalization", 2016.
 
 from __future__ import annotations
 
-from llmops.kernels.triton import _norm
+from collections.abc import Iterator
+
+import torch
+from llmops.kernels.triton import _config, _norm, _norm_bwd
 from torch import Tensor
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    return (_norm_bwd if op.endswith("_bwd") else _norm).candidates(op, key)
 
 
 def layer_norm(
@@ -30,4 +37,6 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradient of h (dh added), the same in dy's dtype, and the parameters'."""
     need = (need_h, need_x, need_params)
-    return _norm.backward("layer_norm_bwd", dy, h, dh, weight, bias, eps, dims, 0.0, True, *need)
+    return _norm_bwd.backward(
+        "layer_norm_bwd", dy, h, dh, weight, bias, eps, dims, 0.0, True, *need
+    )

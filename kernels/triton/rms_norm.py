@@ -4,8 +4,15 @@ without centering. Zhang and Sennrich, "Root Mean Square Layer Normalization", 2
 
 from __future__ import annotations
 
-from llmops.kernels.triton import _norm
+from collections.abc import Iterator
+
+import torch
+from llmops.kernels.triton import _config, _norm, _norm_bwd
 from torch import Tensor
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    return (_norm_bwd if op.endswith("_bwd") else _norm).candidates(op, key)
 
 
 def rms_norm(
@@ -30,6 +37,6 @@ def rms_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradient of h (dh added), the same in dy's dtype, and the weight's."""
     need = (need_h, need_x, need_weight)
-    return _norm.backward(
+    return _norm_bwd.backward(
         "rms_norm_bwd", dy, h, dh, weight, None, eps, dims, weight_offset, False, *need
     )[:3]

@@ -13,6 +13,8 @@ Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -112,6 +114,16 @@ def _table(half: int, heads: int, tokens: int) -> _config.Config:
     group = min(_rows.power_of_2(heads), GROUP, PAIRS // block)
     held = min(PAIRS // block // group, _rows.power_of_2(tokens), 64)
     return {"TOKENS": held, "GROUP": group, "BLOCK": block, "num_warps": 4}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    block = min(key[0], PAIRS)
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
+        for group in (1, 2, 4, 8):
+            for warps in (2, 4, 8):
+                if 64 * warps <= tokens * group * block <= 512 * warps:
+                    yield {"TOKENS": tokens, "GROUP": group, "BLOCK": block, "num_warps": warps}
 
 
 def _run(

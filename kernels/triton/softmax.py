@@ -141,18 +141,14 @@ def _table(n: int) -> _config.Config:
     return {"BLOCK": 8192, "num_warps": 16} if n > _rows.LONGEST else _rows.tile(n)
 
 
-def candidates(key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
     """What `llmops tune` tries beside the table, for the forward and for the backward."""
-    n, _ = key
-    if n > _rows.LONGEST:
-        for block in (4096, 8192, 16384):
-            for warps in (8, 16):
-                yield {"BLOCK": block, "num_warps": warps}
+    if key[0] <= _rows.LONGEST:
+        yield from _rows.tiles(key[0])
         return
-    for rows in (1, 2, 4, 8, 16, 32):
-        for warps in (1, 2, 4, 8, 16):
-            if 128 * warps <= rows * n <= 2048 * warps:
-                yield {"ROWS": rows, "num_warps": warps}
+    for block in (4096, 8192, 16384):
+        for warps in (8, 16):
+            yield {"BLOCK": block, "num_warps": warps}
 
 
 def softmax(

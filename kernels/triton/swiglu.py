@@ -56,6 +56,8 @@ def glu_bwd_kernel(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
+candidates = _elementwise.candidates
+
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     n = x.shape[-1] // 2

@@ -1,7 +1,7 @@
 """`llmops tune`: which configuration of the Triton kernels is fastest on this GPU.
 
 The cases of `llmops bench` are run; each (op, key) whose configuration they ask for, and for which
-the op's file of llmops.kernels.triton has `candidates(key)`, is searched once. A candidate must
+the op's file of llmops.kernels.triton has `candidates(op, key)`, is searched once. A candidate must
 give the right result first; those that do are timed in turn, and one that beats the table by more
 than GAIN is kept in a file that later processes read (environment variable LLMOPS_TUNED).
 """
@@ -73,7 +73,7 @@ def candidates(op: str, key: Any) -> list[dict[str, Any]]:
     name = get("triton")._FILES.get(op)
     module = importlib.import_module(f"llmops.kernels.triton.{name}") if name else None
     give = getattr(module, "candidates", None)
-    return list(give(key)) if give else []
+    return list(give(op, key)) if give else []
 
 
 def fastest(

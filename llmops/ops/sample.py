@@ -45,7 +45,7 @@ def sample(
 
     Raises:
         ValueError: an argument out of range; a row with NaN, with +inf (greedy takes it) or with
-            -inf only.
+            -inf only. On a GPU, which would have to be waited for, such a row's id is -1.
         TypeError: naming the argument.
         NotImplementedError: a named backend cannot serve the call.
 

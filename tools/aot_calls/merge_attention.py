@@ -8,7 +8,7 @@ import torch
 
 
 def calls(make: Any, call: Any) -> None:
-    for dim in (64, 80, 128, 256, 512):
+    for dim in (80, 128, 512):
         shape = (4, 32, 2048)
         out_a, out_b = make(*shape, dim), make(*shape, dim)
         lse_a, lse_b = (make(*shape, dtype=torch.float32) for _ in range(2))
