@@ -54,7 +54,7 @@ test-cuda: install
 	$(BIN)/python -m pytest -q -k "([cuda- or [cuda]) and ($(CUDA_ONLY))" --durations=10
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
-# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/32" is CI's part.
+# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/48" is CI's part.
 AOT ?=
 AOT_PARTS ?= 48
 # The files of tools/aot_calls whose tables are complete.

@@ -175,8 +175,8 @@ def test_attention_kvcache_of_triton_gives_nan_out_of_range() -> None:
             torch.testing.assert_close(a[1, :, 0], b[1, :, 0])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_attention_kvcache_rejects_bad_input(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference", None])
+def test_attention_kvcache_rejects_bad_input(backend: str | None) -> None:
     q, k, pages = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 20, 8), torch.randn(5, 2, 4, 8)
     lengths, table = torch.tensor([3, 20]), torch.tensor([[0, 1], [2, 4]])
 

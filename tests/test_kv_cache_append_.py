@@ -80,7 +80,7 @@ def test_kv_cache_append_paged(
         assert int((~cache.isnan()).sum()) == new.numel()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", None])
 def test_kv_cache_append_errors_change_nothing(backend: str) -> None:
     k, v = _new(4, torch.float32, "heads first")
     caches = [torch.randn(3, 2, 16, d) for d in (8, 6)]

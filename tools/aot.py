@@ -75,7 +75,7 @@ SLACK = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fp16 is compiled like bf16, so that one target tells.
 FP16_TARGETS = ("sm_90",)
-WORKERS = 2
+WORKERS = 1
 TABLE = ROOT / "benchmarks" / "aot" / f"{triton.__version__}.json"
 
 Entry = dict[str, Any]  # registers, spills, shared, instructions, config; moved where there is
@@ -85,7 +85,7 @@ Entry = dict[str, Any]  # registers, spills, shared, instructions, config; moved
 class Job:
     """One specialization of a kernel, to be compiled for one target."""
 
-    name: str  # of its entry: "softmax_fwd bf16 4096x1024 sm_90"
+    name: str  # of its entry: "softmax softmax_fwd bf16 4096x1024 sm_90", the first word the op's
     target: str
     source: Any
     options: dict[str, Any]
@@ -181,20 +181,21 @@ class Recorder:
             if not launches:
                 raise AssertionError(f"{op}: {launcher} {label} launched no kernel")
             for launch in launches:
-                self._keep(launch, f"{tag} {label}", target, module)
+                self._keep(launch, op, f"{tag} {label}", target, module)
             return result
 
         module.calls(Make(DTYPES[tag]), call)
 
-    def _keep(self, launch: Any, label: str, target: str, module: Any) -> None:
+    def _keep(self, launch: Any, op: str, label: str, target: str, module: Any) -> None:
         self.kernels.add(launch.kernel.__name__)
         source, options, key = _specialize(launch, label, target)
-        if (key, target) in self._seen:
+        # Per op, though ops share kernels: the entries of an op are the same in a run of it alone.
+        if (op, key, target) in self._seen:
             return
-        self._seen.add((key, target))
+        self._seen.add((op, key, target))
         kernel = launch.kernel.__name__.removesuffix("_kernel")
         # Where a label has several forms of a kernel, they are numbered.
-        names = (f"{kernel}{f'#{i}' if i > 1 else ''} {label} {target}" for i in range(1, 100))
+        names = (f"{op} {kernel}{f'#{i}' if i > 1 else ''} {label} {target}" for i in range(1, 100))
         name = next(n for n in names if n not in self.jobs)
         spills = getattr(module, "SPILLS", {}).items()
         why = next((why for what, why in spills if f"{kernel} {label}".startswith(what)), None)
@@ -370,12 +371,11 @@ def main(argv: list[str] | None = None) -> int:
         problems += missing(recorder.launchers, recorder.kernels)
     table = read(TABLE)
     expected = {job.name for job in every}
-    # Entries of kernels that nothing launches any more are found by a run over all ops only.
-    kinds = {name.split()[0].split("#")[0] for name in expected}
+    # Entries of an op that is no more are found by a run over all ops only.
     known = {
         name
         for name in table
-        if name.split()[-1] in targets and (whole or name.split()[0].split("#")[0] in kinds)
+        if name.split()[-1] in targets and (whole or name.split()[0] in names)
     }
     if not arguments.write:
         problems += compare(table, entries, expected, known)

@@ -91,7 +91,7 @@ def attention_kvcache(
                 q, k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, causal, scale
             )
             return (out, lse) if return_lse else out
-        except RuntimeError:
+        except (RuntimeError, ValueError, IndexError):
             pass  # the checks below say what is wrong
     if _autocast.enabled(q):
         q, k_cache, v_cache = _autocast.lowered(q, k_cache, v_cache)

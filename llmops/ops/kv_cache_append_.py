@@ -63,7 +63,7 @@ def kv_cache_append_(
                 raw(k_cache, v_cache, k, v, cache_seqlens)
             else:
                 raw(k_cache, v_cache, k, v, cache_seqlens, block_table)
-        except RuntimeError:
+        except (RuntimeError, ValueError, IndexError):
             pass  # nothing was written, and the checks below say what is wrong
         else:
             _written(k_cache, v_cache)
