@@ -18,7 +18,7 @@ from llmops.testing.specs.attention import SPEC, torch_attention
 
 globals().update(suite(SPEC))
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("attention"), ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

@@ -16,7 +16,7 @@ from llmops.testing.specs.attention_kvcache import SPEC
 
 globals().update(suite(SPEC))
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("attention_kvcache"), ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

@@ -13,7 +13,7 @@ import llmops
 from llmops import reference
 from llmops.testing import Target, targets
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("attention"), ids=str)
 
 
 def _qkv(queries: int, keys: int, *, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> Any:

@@ -15,7 +15,7 @@ from llmops.testing.specs.embedding import SPEC, torch_embedding
 
 globals().update(suite(SPEC))
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("embedding"), ids=str)
 
 
 @TARGETS

@@ -13,7 +13,7 @@ import llmops
 from llmops.testing import Make, Target, targets
 from llmops.testing.specs.kv_cache_append_ import schemas
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("kv_cache_append_"), ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 INTEGERS = pytest.mark.parametrize("integer", [torch.int64, torch.int32], ids=str)
 

@@ -17,7 +17,7 @@ from llmops.testing.specs.layer_norm import SPEC, SPEC_ADD, torch_add_layer_norm
 globals().update(suite(SPEC))
 globals().update(suite(SPEC_ADD))
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("layer_norm"), ids=str)
 
 
 @TARGETS

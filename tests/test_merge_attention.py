@@ -12,7 +12,7 @@ from llmops.testing.specs.merge_attention import SPEC
 globals().update(suite(SPEC))
 
 
-@pytest.mark.parametrize("target", targets(), ids=str)
+@pytest.mark.parametrize("target", targets("merge_attention"), ids=str)
 @pytest.mark.parametrize("at", [0, 1, 40, 99, 100])
 def test_merge_attention_of_halves_is_the_whole(target: Target, at: int) -> None:
     """Attention over keys [0, at) merged with attention over [at, 100): values and gradients."""

@@ -23,7 +23,7 @@ from llmops.testing.specs.rope import (
 globals().update(suite(SPEC))
 globals().update(suite(SPEC_QK))
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("rope"), ids=str)
 DTYPES = pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("fp32", "bf16", "fp16")
 )

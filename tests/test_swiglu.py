@@ -15,7 +15,7 @@ from llmops.testing.specs.swiglu import SPEC, SPEC_GEGLU, torch_geglu, torch_swi
 globals().update(suite(SPEC))
 globals().update(suite(SPEC_GEGLU))
 
-TARGETS = pytest.mark.parametrize("target", targets(), ids=str)
+TARGETS = pytest.mark.parametrize("target", targets("swiglu"), ids=str)
 
 
 @TARGETS
