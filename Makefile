@@ -38,9 +38,9 @@ test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well.
-# Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention rms_norm swiglu
+# Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention
 TRITON_PARTS ?= 60
-TRITON_ONLY ?= not attention or merge_attention attention rms_norm swiglu
+TRITON_ONLY ?= not attention or merge_attention
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
@@ -58,7 +58,7 @@ test-cuda: install
 AOT ?=
 AOT_PARTS ?= 48
 # The files of tools/aot_calls whose tables are complete.
-AOT_OPS ?= softmax gelu embedding rope kv_cache_append_ merge_attention attention rms_norm swiglu
+AOT_OPS ?= softmax gelu embedding rope kv_cache_append_ merge_attention attention attention_varlen rms_norm layer_norm swiglu sample
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON)/triton: | $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
