@@ -99,7 +99,7 @@ def serves(call: Call) -> str | None:
         return f"it serves {kind}, and these are on {call.device}"
     if call.dtype not in DTYPES:
         return f"it computes float32, bfloat16 and float16, and this is {call.dtype}"
-    if call.op not in _RAW and call.op not in globals():
+    if call.op not in _RAW:
         return f"it has no {call.op} yet"
     for feature in _MISSING.get(call.op, ()):
         if feature in call.features:
