@@ -19,19 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from llmops import report
-    from llmops.bench import cases, measure, table
+    from llmops.bench import cases, command
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     print(report.text(), end="\n\n", flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         _speed(arguments.model, dtype, arguments.tokens)
-    print("\nEach op beside torch, one thread, quick:", flush=True)
-    torch.set_num_threads(1)
-    ops = [n for n in cases.names() if n not in ("attention_grid", "model", "overhead", "scaling")]
-    for line in table.table(measure.run(cases.collect(ops, quick=True), seconds=0.2)):
-        print(line, flush=True)
-    return 0
+    print("\nEach op beside torch, quick:", flush=True)
+    bench = argparse.ArgumentParser()
+    command.add_arguments(bench)
+    ops = [n for n in cases.names() if n not in (*cases.LAST, "overhead", "scaling")]
+    return command.run(bench.parse_args(["--quick", "--plain", *ops]))
 
 
 def _speed(name: str, dtype: torch.dtype, tokens: int) -> None:
