@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-oldest aot aot-part gpu lint format bench results ci cuda cuda-mutate cuda-sanitize cuda-part packaging clean
+.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-sanitized sanitized-part test-oldest aot aot-part gpu lint format bench results ci cuda cuda-mutate cuda-sanitize cuda-part packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds. Without
 # their dependencies: the two models bring engines, and timm a torchvision that needs a CUDA torch.
@@ -89,6 +89,13 @@ test-emulated: install
 	cd build/emulated && LLMOPS_EMULATE_AVX512=1 $(abspath $(BIN))/python -m pytest -q \
 	../../tests -k "avx512 and ($(CHECKS))"
 
+# The CPU kernels and their bindings under sanitizers. SANITIZED="softmax --only thread": a family.
+SANITIZED ?=
+test-sanitized: install
+	$(BIN)/python tools/sanitize.py $(SANITIZED)
+sanitized-part:
+	$(MAKE) test-sanitized SANITIZED="--part head/20"
+
 # The wheel beside the oldest torch it is for, whose build on PyPI brings 2 GB of CUDA libraries.
 OLDEST := torch==2.11.0
 test-oldest: install
@@ -145,7 +152,7 @@ cuda-part:
 # On x86-64 processors that cannot run all the CPU kernels themselves.
 EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
 	echo test-emulated)
-ci: lint cuda test-part test-triton test-cuda cuda-part aot-part $(EMULATED)
+ci: lint cuda test-part test-triton test-cuda cuda-part aot-part sanitized-part $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

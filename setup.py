@@ -7,7 +7,8 @@ torch at hand is a CPU build.
 
 Environment: LLMOPS_CUDA=0|1 forces CUDA off or on, LLMOPS_CUDA_ARCHS="80;90a" narrows the targets,
 LLMOPS_BUILD=0 builds no extension at all (reference only), MAX_JOBS limits parallel compilers,
-LLMOPS_EMULATE_AVX512=1 is for `make test-emulated`.
+LLMOPS_EMULATE_AVX512=1 is for `make test-emulated`, LLMOPS_SANITIZE=address|thread
+(with LLMOPS_SANITIZE_ONLY, the first words of sources) for `make test-sanitized`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,19 @@ if EMULATED:
     emulation = f"{ISA_FLAGS['avx2']} -O1 -include {ROOT}/tests/emulation/avx512.h -D__AVX512F__"
     ISA_FLAGS["avx512"] = emulation
     ISA_FLAGS["avx512_bf16"] = f"{emulation} -D__AVX512BF16__"
+# For tests: some sources' bindings and kernels, those of this processor's best instruction set, with a
+# sanitizer. Address checks as calls, and no checks of null or alignment: each access inline costs
+# minutes of compile time.
+SANITIZE = os.environ.get("LLMOPS_SANITIZE", "")
+SANITIZERS = {
+    "": "",
+    "address": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,signed-integer-overflow,shift,"
+    "integer-divide-by-zero,bounds,float-cast-overflow,unreachable,return -fno-sanitize-recover=all "
+    "--param asan-instrumentation-with-call-threshold=0",
+    "thread": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread",
+}
+SANITIZE_ONLY = tuple(os.environ.get("LLMOPS_SANITIZE_ONLY", "").split())
+VARIANT = "emulated" if EMULATED else SANITIZE
 COMMON = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno"
 # Kernels return, they do not throw, and own no static state that needs a guard. The last flag:
 # GCC 12 warns of uninitialized values inside its own AVX-512 headers.
@@ -72,6 +86,13 @@ def torch_root() -> Path:
         f"{[str(c) for c in candidates]}. Install torch first, or set LLMOPS_BUILD=0 for a "
         "build without compiled kernels."
     )
+
+
+def best_isa() -> str:
+    """The last of ISA_FLAGS that this processor has, by the names of the Linux kernel."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    needs = {"avx512_bf16": "avx512_bf16", "avx512": "avx512vl", "avx2": "avx2"}
+    return next((isa for isa, flag in needs.items() if flag in flags), "scalar")
 
 
 def torch_cuda_version(root: Path) -> str | None:
@@ -146,10 +167,16 @@ class NinjaFile:
 
 class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
     def build_extension(self, ext: Extension) -> None:
-        if EMULATED and (self.distribution.commands != ["build"] or not IS_X86):
+        if SANITIZE not in SANITIZERS or (EMULATED and SANITIZE):
             raise SystemExit(
-                "llmops: LLMOPS_EMULATE_AVX512=1 is for `make test-emulated` on x86-64; what it "
-                "builds is slow and is not to be installed. Unset it."
+                f"llmops: LLMOPS_SANITIZE must be address or thread, got {SANITIZE!r}, and goes "
+                "without LLMOPS_EMULATE_AVX512"
+            )
+        if VARIANT and (self.distribution.commands != ["build"] or not IS_X86):
+            raise SystemExit(
+                "llmops: LLMOPS_EMULATE_AVX512 and LLMOPS_SANITIZE are for `make test-emulated` "
+                "and `make test-sanitized` on x86-64; what they build is slow and is not to be "
+                "installed. Unset them."
             )
         torch = torch_root()
         # Always the same folder, not setuptools' build_temp, which is a new one for each editable
@@ -158,9 +185,9 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
         objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = None if EMULATED else cuda_wanted(torch)
+        nvcc = None if VARIANT else cuda_wanted(torch)
         # Build files over the same objects: what the builds have in common is compiled once.
-        kind = ".emulated" if EMULATED else (".cuda" if nvcc else "")
+        kind = f".{VARIANT}" if VARIANT else (".cuda" if nvcc else "")
         build_file = objects / f"build{kind}.ninja"
         text = self.ninja_text(torch, nvcc, objects, output)
         if not build_file.exists() or build_file.read_text() != text:
@@ -196,21 +223,31 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
         python_include = f"-I{quote(sysconfig.get_paths()['include'])}"
         file.compile("cxx", csrc / "module.cpp", objects / "module.o", python_include)
         emulated = ".emulated" if EMULATED else ""
+        sanitizer = SANITIZERS[SANITIZE]
+
+        def sanitized(source: Path) -> bool:
+            return bool(SANITIZE) and source.stem.startswith(SANITIZE_ONLY or "")
+
         define = f"{self.isa_define()} {'-DLLMOPS_EMULATED' if EMULATED else ''}"
         file.compile("cxx", csrc / "cpu" / "isa.cpp", objects / f"isa{emulated}.o", define)
         for source in sorted((csrc / "cpu").glob("*.cpp")):
             if source.name == "isa.cpp":
                 continue
             for isa, flags in ISA_FLAGS.items():
-                obj = objects / f"{source.stem}.{isa}{emulated if 'avx512' in isa else ''}.o"
+                mark = emulated if "avx512" in isa else ""
+                if sanitized(source) and isa == best_isa():
+                    mark, flags = f".{SANITIZE}", f"{flags} {sanitizer}"
+                obj = objects / f"{source.stem}.{isa}{mark}.o"
                 file.compile("cxx", source, obj, f"-DLLMOPS_ISA={isa} {KERNEL} {flags}")
         bindings = {"binding": sorted((csrc / "bindings").glob("*.cpp"))}
         if nvcc:
             bindings["binding.cuda"] = sorted((csrc / "bindings" / "cuda").glob("*.cpp"))
         for kind, sources in bindings.items():
             for source in sources:
-                flags = f"{binding_flags} {self.isa_define()}"
-                file.compile("cxx", source, objects / f"{kind}.{source.stem}.o", flags)
+                flags, mark = f"{binding_flags} {self.isa_define()}", ""
+                if sanitized(source):
+                    mark, flags = f".{SANITIZE}", f"{flags} {sanitizer}"
+                file.compile("cxx", source, objects / f"{kind}.{source.stem}{mark}.o", flags)
         libs = f"-L{quote(torch / 'lib')} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
         if nvcc:
             archs = gencode(os.environ.get("LLMOPS_CUDA_ARCHS", CUDA_ARCHS))
@@ -225,7 +262,7 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools is untyped
             folder = next((d for d in ("lib64", "lib") if (toolkit / d).is_dir()), "lib64")
             # Static runtime: the library loads where no CUDA is installed.
             libs += f" -L{quote(toolkit / folder)} -lcudart_static -ldl -lrt -lpthread"
-        file.link(output, libs)
+        file.link(output, f"{libs} {sanitizer}")
         return "\n".join(file.lines)
 
     @staticmethod

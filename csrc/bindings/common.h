@@ -14,6 +14,9 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#ifdef __SANITIZE_THREAD__
+#include <thread>
+#endif
 
 #include "cpu/isa.h"
 
@@ -130,11 +133,33 @@ Tensor last_dim_dense(const Tensor& t);
 std::vector<int64_t> leading_strides(const Tensor& t, int64_t drop = 1);
 
 // Below this many elements the cost of waking a worker (55-85 us) exceeds the work.
+#ifdef __SANITIZE_THREAD__
+constexpr int64_t kSerialElements = 100;  // the tests are small, and threads are what it looks at
+#else
 constexpr int64_t kSerialElements = 50000;
+#endif
 
 // Whether this process is a fork of one that had threads. OpenMP's pool does not survive a fork,
 // and the first parallel region in such a child waits for it forever: there we stay on one thread.
 bool forked_from_threads();
+
+#ifdef __SANITIZE_THREAD__
+// ThreadSanitizer does not know OpenMP's barriers and would report every hand-over: threads of our
+// own, which it knows, four of them.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  const int64_t most = (end - begin + grain - 1) / grain;
+  const int64_t chunks = most < 4 ? most : 4;
+  std::vector<std::thread> threads;
+  for (int64_t c = 0; c < chunks; ++c)
+    threads.emplace_back([&, c] {
+      f(begin + (end - begin) * c / chunks, begin + (end - begin) * (c + 1) / chunks);
+    });
+  for (std::thread& t : threads) t.join();
+}
+#else
+using torch::stable::parallel_for;
+#endif
 
 // f(begin, end) over [0, rows), split among the framework's threads when it pays.
 template <class F>
@@ -145,7 +170,7 @@ void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
     return;
   }
   const int64_t grain = kSerialElements / 2 / (elements_per_row > 0 ? elements_per_row : 1) + 1;
-  torch::stable::parallel_for(0, rows, grain, f);
+  parallel_for(0, rows, grain, f);
 }
 
 // f(task) for each task of [0, tasks), handed out one at a time: uneven tasks balance themselves.
@@ -158,7 +183,7 @@ void parallel_tasks(int64_t tasks, bool worthwhile, const F& f) {
     return;
   }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
   });
 }

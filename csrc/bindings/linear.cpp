@@ -50,11 +50,10 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
       new float[LLMOPS_CPU_CALL(linear_scratch)(p.type, p.rows, k)]);
   LLMOPS_CPU_CALL(linear_pack)(p.type, p.rows, k, x.data_ptr(), x_step, packed.get());
   const auto kernel = LLMOPS_CPU_CALL(linear_fwd);
-  if (p.rows * n * k < kSerialProducts) {
+  if (p.rows * n * k < kSerialProducts || forked_from_threads()) {
     kernel(p, packed.get(), 0, n);
   } else {
-    torch::stable::parallel_for(
-        0, n, 1, [&](int64_t begin, int64_t end) { kernel(p, packed.get(), begin, end); });
+    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { kernel(p, packed.get(), begin, end); });
   }
   return y;
 }
