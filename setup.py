@@ -47,14 +47,14 @@ if EMULATED:
     emulation = f"{ISA_FLAGS['avx2']} -O1 -include {ROOT}/tests/emulation/avx512.h -D__AVX512F__"
     ISA_FLAGS["avx512"] = emulation
     ISA_FLAGS["avx512_bf16"] = f"{emulation} -D__AVX512BF16__"
-# For tests: some sources' bindings and kernels, those of this processor's best instruction set, with a
-# sanitizer. Address checks as calls, and no checks of null or alignment: each access inline costs
-# minutes of compile time.
+# For tests: some sources' bindings and kernels, those of this processor's best instruction set,
+# with a sanitizer. Address checks as calls, and no checks of null or alignment: each access inline
+# costs minutes of compile time.
 SANITIZE = os.environ.get("LLMOPS_SANITIZE", "")
 SANITIZERS = {
     "": "",
-    "address": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,signed-integer-overflow,shift,"
-    "integer-divide-by-zero,bounds,float-cast-overflow,unreachable,return -fno-sanitize-recover=all "
+    "address": "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=address,"
+    "signed-integer-overflow,shift,integer-divide-by-zero,bounds,float-cast-overflow,unreachable "
     "--param asan-instrumentation-with-call-threshold=0",
     "thread": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread",
 }
