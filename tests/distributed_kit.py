@@ -23,10 +23,11 @@ from typing import Any
 
 RANKS = 4
 WAIT = 60  # seconds for one collective
-MEET = 20
-LIMIT = 300  # for all checks
+MEET = 20  # seconds that a rank which is done with a check waits for the others
+LIMIT = 120  # for a start of the processes, and LIMIT_EACH for each check
+LIMIT_EACH = 20
 FOLDER = Path(__file__).resolve().parent
-MODULES = ("distributed_rules", "distributed_models", "distributed_context")
+MODULES = ("distributed_rules", "distributed_tensors", "distributed_models", "distributed_context")
 
 
 def names() -> list[str]:
@@ -42,24 +43,24 @@ def names() -> list[str]:
     return found
 
 
-def run(checks: Iterable[str]) -> dict[str, str]:
+def run(checks: Iterable[str], meet: int = MEET) -> dict[str, str]:
     """What each check has to complain of, empty where it passed."""
+    results: dict[str, list[str]] = {check: [] for check in checks}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, folder, *checks]
+        command = [sys.executable, __file__, folder, str(meet), *results]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(command, env=environment, start_new_session=True) as parent:
             try:
-                parent.wait(LIMIT)
+                parent.wait(LIMIT + LIMIT_EACH * len(results))
             except subprocess.TimeoutExpired:
                 os.killpg(parent.pid, 9)
-        errors: dict[str, list[str]] = {check: [] for check in checks}
         for rank in range(RANKS):
             log = Path(folder, f"{rank}.jsonl")
             text = log.read_text() if log.exists() else ""
             lines = [json.loads(line) for line in text.splitlines()]
             done = {line["check"]: line.get("error") for line in lines}
-            stopped = next((check for check in checks if done.get(check) is None), None)
-            for check, of_check in errors.items():
+            stopped = next((check for check in results if done.get(check) is None), None)
+            for check, of_check in results.items():
                 error = done.get(check, f"not run, since {stopped} did not end")
                 error = "did not end" if error is None else error
                 if error:
@@ -67,14 +68,26 @@ def run(checks: Iterable[str]) -> dict[str, str]:
         # A rank that fails takes the others' connections with it, and their errors say no more.
         return {
             check: "\n".join([e for e in found if "Connection closed" not in e][:1] or found[:1])
-            for check, found in errors.items()
+            for check, found in results.items()
         }
 
 
 # ---- in the processes ----------------------------------------------------------------------------
 
 
-def _work(rank: int, folder: Path, checks: list[str], found: dict[str, Callable[[], Any]]) -> None:
+def alone() -> None:
+    """A check that fails in one rank, for whom the others wait: the test of this kit."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_rank() == 2:
+        raise AssertionError("alone")
+    dist.all_reduce(torch.ones(1))
+
+
+def _work(
+    rank: int, folder: Path, meet: int, checks: list[str], found: dict[str, Callable[[], Any]]
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -88,7 +101,7 @@ def _work(rank: int, folder: Path, checks: list[str], found: dict[str, Callable[
     )
     # Where the ranks meet after each check. One that failed alone, while the others wait for it in
     # some collective, waits here in vain and goes, which ends their waiting.
-    meeting = dist.new_group(timeout=timedelta(seconds=MEET))
+    meeting = dist.new_group(timeout=timedelta(seconds=meet))
     with open(folder / f"{rank}.jsonl", "w", buffering=1) as log:
         for check in checks:
             log.write(json.dumps({"check": check}) + "\n")
@@ -107,8 +120,8 @@ def _work(rank: int, folder: Path, checks: list[str], found: dict[str, Callable[
 def _main() -> None:
     import importlib
 
-    folder, checks = Path(sys.argv[1]), sys.argv[2:]
-    found: dict[str, Callable[[], Any]] = {}
+    folder, meet, checks = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    found: dict[str, Callable[[], Any]] = {"kit-alone": alone, "kit-after": lambda: None}
     for module in MODULES:
         loaded = vars(importlib.import_module(module))
         for name, value in loaded.items():
@@ -121,7 +134,7 @@ def _main() -> None:
         child = os.fork()
         if child == 0:
             try:
-                _work(rank, folder, checks, found)
+                _work(rank, folder, meet, checks, found)
             except BaseException:
                 traceback.print_exc()
             finally:

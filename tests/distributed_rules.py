@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import (
@@ -216,8 +215,18 @@ def rules_of(op: str) -> None:
                 if holds(call, args, outputs, inputs, mesh):
                     tried.setdefault(name, set()).add(f"{outputs} {mesh.size()}")
     assert tried, op
-    if dist.get_rank() == 0:
-        print(op, {name: len(ways) for name, ways in tried.items()}, flush=True)
+    expected = {name for name in RULES if name in tried or name in _beneath(op)}
+    assert set(tried) == expected, expected - set(tried)
+
+
+def _beneath(op: str) -> set[str]:
+    """The operators that a call of llmops.<op> and its backward must come to."""
+    names = {op, f"{op}_bwd"}
+    if op in ("swiglu", "geglu"):
+        names |= {"glu_bwd", "glu_bwd_fused"}
+    if op.startswith("add_"):
+        names.add(f"{op.removeprefix('add_')}_bwd")
+    return names
 
 
 MORE = {f"rules-{op}": functools.partial(rules_of, op) for op in llmops.OPERATORS}

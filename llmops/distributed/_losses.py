@@ -160,7 +160,7 @@ class _LossOverVocabulary(torch.autograd.Function):
             terms.append(x.sum(-1, dtype=torch.float64))
         mine = torch.stack(terms)
         parts = mine.new_empty((ranks, *mine.shape))
-        dist.all_gather_into_tensor(parts, mine, group=mesh.get_group(split))
+        dist.all_gather(list(parts.unbind()), mine, group=mesh.get_group(split))
         lse = parts[:, 0].logsumexp(0)
         loss = lse - parts[:, 1].sum(0)
         if label_smoothing > 0:

@@ -109,9 +109,9 @@ def unshard_sequence(x: Tensor, dim: int, *, group: Group = None, causal: bool =
     ring = _Ring(_process_group(group))
     mine = x.detach().movedim(dim, 0).contiguous()
     parts = mine.new_empty((ring.ranks, *mine.shape))
-    dist.all_gather_into_tensor(parts, mine, group=ring.group)
+    dist.all_gather(list(parts.unbind()), mine, group=ring.group)
     if causal:
-        _pieces(ring, ring.ranks * mine.shape[0], causal)
+        _pieces(ring, ring.ranks * len(mine), causal)
         first, second = parts.unflatten(1, (2, -1)).unbind(1)
         parts = torch.cat((first, second.flip(0)))
     return parts.flatten(0, 1).movedim(0, dim)
