@@ -197,11 +197,13 @@ def check_ulysses() -> None:
 
 
 def check_groups_stay_together() -> None:
-    """Two key/value heads do not split over four ranks: gathered, not mixed up."""
-    mesh = meshes()["four"]
-    plain = [torch.randn(1, heads, 6, 8) for heads in (4, 2, 2)]
-    q, k, v = split(plain[0], mesh, Shard(1)), *(split(x, mesh) for x in plain[1:])
-    close(llmops.attention(q, k, v), llmops.attention(*plain))  # type: ignore[arg-type]
+    """Three key/value heads do not split over two ranks, nor two over four: gathered, not mixed
+    up."""
+    for name, count in (("two", 3), ("four", 2)):
+        mesh = meshes()[name]
+        plain = [torch.randn(1, heads, 6, 8) for heads in (2 * count, count, count)]
+        q, k, v = split(plain[0], mesh, Shard(1)), *(split(x, mesh) for x in plain[1:])
+        close(llmops.attention(q, k, v), llmops.attention(*plain))  # type: ignore[arg-type]
 
 
 def check_sample_draws_once() -> None:
