@@ -243,8 +243,8 @@ def test_patched_transformers_train_compiled() -> None:
 @pytest.mark.rotating
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_patched_transformers_generate_compiled(name: str) -> None:
-    """generate() with a static cache and a compiled forward: the same tokens, from one graph for the
-    prompt and one for every step after it."""
+    """generate() with a static cache and a compiled forward: the same tokens, from one graph for
+    the prompt and one for every step after it."""
     family = BY_NAME[name]
     model = family.build()
     given = inputs(family, "left", tokens=7)

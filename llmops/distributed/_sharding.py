@@ -15,7 +15,7 @@ DTensor combines the ways over the dimensions of the mesh and takes the one that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 
 SUM = "sum"
 Place = Any  # int, SUM, None or a Placement
-Rule = Callable[..., Iterable[tuple[tuple[Place, ...], dict[str, Place]]]]
+Ways = Iterator[tuple[tuple[Place, ...], dict[str, Place]]]
+Rule = Callable[..., Ways]
 
 
 def _placement(place: Place) -> Placement:
