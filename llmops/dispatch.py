@@ -8,7 +8,9 @@ is the reference.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -138,12 +140,20 @@ def _resolve_constant(
     op: str, device: str, dtype: torch.dtype, features: tuple[str, ...], requested: str | None
 ) -> str:
     """resolve() for torch.compile, which need not trace how the answer was found."""
+    learn_sharding()
     return _decide(op, torch.device(device), dtype, features, requested, None)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo,
 # which takes as long as importing torch.
 _resolve_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def learn_sharding() -> None:
+    """Loads DTensor's rules of our operators once there can be a DTensor: who has one has imported
+    its module, and nobody else pays for it."""
+    if "torch.distributed.tensor" in sys.modules and "llmops.distributed" not in sys.modules:
+        importlib.import_module("llmops.distributed")
 
 
 def requested(backend: str | None = None) -> str | None:

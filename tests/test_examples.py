@@ -15,6 +15,7 @@ SAYS = {
     "patched_llama": ("llmops.patch would replace", "the same tokens: True"),
     "bert_embeddings": ("-> attention", "largest difference from the model as it was: "),
     "finetune_gpt2": ("modules on llmops", "at last"),
+    "tensor_parallel": ("rank 1 of 2: 16 of 32 tokens", "weights (32, 64) of (64, 64)"),
     "flash_attn_replacement": ("dense: (2, 64, 8, 32)", "as alone: True"),
 }
 
@@ -41,3 +42,6 @@ def test_example(name: str) -> None:
         words = run.stdout.split()
         first, last = float(words[words.index("first,") - 2]), float(words[-3])
         assert last < 0.75 * first, run.stdout
+    if name == "tensor_parallel":
+        apart = [float(line.split()[-1]) for line in run.stdout.splitlines()]
+        assert len(apart) == 4 and max(apart) < 1e-5, run.stdout

@@ -26,6 +26,7 @@ LAYERS = {
     "": 4,  # llmops/__init__.py
     "kv_cache": 5,
     "nn": 5,
+    "distributed": 5,
     "model": 6,
     "integrations": 6,
     "pretrained": 7,
@@ -156,7 +157,7 @@ def test_layering_plain_import_is_lean() -> None:
     )
     loaded, _ = json.loads(in_fresh_python(code))
     heavy = ("llmops.cli", "llmops.model", "llmops.nn", "llmops.bench", "llmops.testing")
-    heavy += ("llmops.integrations",)
+    heavy += ("llmops.integrations", "llmops.distributed")
     heavy += ("transformers", "tokenizers", "gguf", "numpy", "torch._dynamo", "torch._inductor")
     found = [m for m in loaded if m.startswith(heavy)]
     assert not found, found

@@ -240,6 +240,40 @@ def test_patched_transformers_train_compiled() -> None:
         assert distance(got[f"_orig_mod.{name}"], gradient, 1e-2) < 1e-4, name
 
 
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_patched_transformers_generate_compiled(name: str) -> None:
+    """generate() with a static cache and a compiled forward: the same tokens, from one graph for
+    the prompt and one for every step after it."""
+    family = BY_NAME[name]
+    model = family.build()
+    given = inputs(family, "left", tokens=7)
+
+    def generated() -> torch.Tensor:
+        return model.generate(
+            **given,
+            do_sample=False,
+            max_new_tokens=8,
+            min_new_tokens=8,
+            cache_implementation="static",
+            disable_compile=True,  # transformers' own, which is for GPUs
+        )
+
+    before = generated()
+    llmops.patch(model)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    assert torch.equal(generated(), before)
+    assert len(graphs) == 2
+    assert all("llmops.attention" in str(graph.graph) for graph in graphs)
+
+
 # ---- trained models ------------------------------------------------------------------------------
 
 

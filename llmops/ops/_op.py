@@ -82,7 +82,10 @@ class Op:
         self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        if _is_compiling() or _dispatch_modes():
+        if _is_compiling():
+            return self.overload(*args)
+        if _dispatch_modes():
+            dispatch.learn_sharding()
             return self.overload(*args)
         grad_enabled, needs_grad = _is_grad_enabled(), False
         for i in self.tensor_positions:
@@ -90,6 +93,7 @@ class Op:
             if tensor is None:
                 continue
             if type(tensor) not in _PLAIN or tensor.is_meta:
+                dispatch.learn_sharding()
                 return self.overload(*args)
             if grad_enabled and tensor.requires_grad:
                 needs_grad = True

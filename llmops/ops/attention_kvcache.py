@@ -209,19 +209,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 def _reference_bwd(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor,
-    *rest: Any,
+    cache_seqlens: Tensor, block_table: Tensor | None, cache_leftpad: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    constants, sinks = list(rest), rest[-1]
-    given = (q, k_cache, v_cache, q.new_empty(0) if sinks is None else sinks)
-
-    def of(q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks_given: Tensor) -> Any:
-        constants[-1] = None if sinks is None else sinks_given
-        return _reference(q, k_cache, v_cache, *constants)
-
-    (out, lse), pull = torch.func.vjp(of, *given)[:2]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    return pull((grad_out, grad_lse))  # type: ignore[no-any-return]
+    lengths = (cache_seqlens, block_table, cache_leftpad)
+    _sequences.cached(_OP, k_cache, *lengths)
+    return reference.attention_kvcache_bwd(
+        grad_out, grad_lse, q, k_cache, v_cache, *lengths, *rest
+    )  # fmt: skip
 
 
 def _forward_bwd(*arguments: Any) -> tuple[Tensor, ...]:

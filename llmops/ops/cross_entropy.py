@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.ops import _check, _dtensor
 from llmops.ops._op import Op
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -97,9 +97,12 @@ def cross_entropy(
             dtype=dtype,
         )
     x = input.movedim(1, -1) if input.dim() > 2 else input
-    return _cross_entropy(
-        x, target, weight, ignore_index, label_smoothing, z_loss, reduction, dtype, name
-    )[0]
+    arguments = (x, target, weight, ignore_index, label_smoothing, z_loss, reduction, dtype, name)
+    if _dtensor.is_distributed(x, target):
+        from llmops.distributed import _losses
+
+        return _losses.cross_entropy(*arguments)
+    return _cross_entropy(*arguments)[0]
 
 
 def _check_arguments(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmops import backends, reference
 from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.ops import _check, _dtensor
 from llmops.ops._op import Op, shortcut
 
 _is_compiling = torch.compiler.is_compiling
@@ -126,6 +126,8 @@ def _positions(
                 f"{position_weight.shape[0]} rows"
             )
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        if _dtensor.is_distributed(tokens):
+            positions = _dtensor.replicated(positions, tokens)
     _check.integers("embedding", "positions", positions)
     if positions.device != tokens.device:
         _check.same_device("embedding", "tokens", tokens, "positions", positions)

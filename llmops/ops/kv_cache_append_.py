@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmops import backends, reference
-from llmops.dispatch import resolve
+from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _sequences
 from llmops.ops._op import LIBRARY, shortcut
 
@@ -74,6 +74,7 @@ def kv_cache_append_(
     name = resolve(_OP, k.device, k.dtype, features, backend)
     arguments = (k_cache, v_cache, k, v, cache_seqlens, block_table, name)
     if _is_compiling() or _dispatch_modes() or any(type(x) is not Tensor for x in arguments[:4]):
+        learn_sharding()
         torch.ops.llmops.kv_cache_append_(*arguments)
     else:
         _forward(*arguments)

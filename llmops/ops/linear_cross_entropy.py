@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _autocast, _check
+from llmops.ops import _autocast, _check, _dtensor
 from llmops.ops._op import Op
 from llmops.ops.cross_entropy import (
     _wide_weight,
@@ -106,7 +106,7 @@ def linear_cross_entropy(
         )
     one = input.dim() == 1
     ahead = reduction != "none" and torch.is_grad_enabled()
-    loss = _linear_cross_entropy(
+    arguments = (
         input[None] if one else input,
         linear_weight,
         target[None] if one else target,
@@ -116,11 +116,18 @@ def linear_cross_entropy(
         label_smoothing,
         reduction,
         dtype,
+    )
+    wanted = (
         ahead and input.requires_grad,
         ahead and linear_weight.requires_grad,
         ahead and linear_bias is not None and linear_bias.requires_grad,
-        name,
-    )[0]
+    )
+    if _dtensor.is_distributed(input, linear_weight):
+        from llmops.distributed import _losses
+
+        loss = _losses.linear_cross_entropy(*arguments, wanted, name)
+    else:
+        loss = _linear_cross_entropy(*arguments, *wanted, name)[0]
     return loss[0] if one and reduction == "none" else loss
 
 

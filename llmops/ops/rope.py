@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmops import backends, reference
-from llmops.dispatch import resolve
+from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _check
 from llmops.ops._op import LIBRARY, Op
 from llmops.ops._rope_checks import check_heads, check_pair, check_tables
@@ -63,7 +63,7 @@ def rope(
     name = _resolve("rope", x, cos, sin, position_ids, backend)
     if name == "reference":
         return reference.rope(x, cos, sin, position_ids, interleaved=interleaved, inverse=inverse)
-    cos, sin = _to_float(cos), _to_float(sin)
+    cos, sin = _tables(cos, sin, x, position_ids)
     return _rope(x, cos, sin, position_ids, interleaved, inverse, _token_major(x), name)  # type: ignore[no-any-return]
 
 
@@ -92,7 +92,7 @@ def rope_qk(
         return reference.rope_qk(
             q, k, cos, sin, position_ids, interleaved=interleaved, inverse=inverse
         )
-    cos, sin = _to_float(cos), _to_float(sin)
+    cos, sin = _tables(cos, sin, q, position_ids)
     return _rope_qk(q, k, cos, sin, position_ids, interleaved, inverse, _token_major(q), name)  # type: ignore[no-any-return]
 
 
@@ -129,8 +129,9 @@ def rope_qk_(
                     "dimension, expected 1; use llmops.rope_qk, which writes new tensors"
                 )
     if name != "reference":
-        cos, sin = _to_float(cos), _to_float(sin)
+        cos, sin = _tables(cos, sin, q, position_ids)
     if _is_compiling() or type(q) is not Tensor or type(k) is not Tensor or _dispatch_modes():
+        learn_sharding()
         torch.ops.llmops.rope_qk_(q, k, cos, sin, position_ids, interleaved, inverse, name)
     else:
         _forward_qk_(q, k, cos, sin, position_ids, interleaved, inverse, name)
@@ -166,8 +167,17 @@ def _resolve(
     return name
 
 
-def _to_float(table: Tensor) -> Tensor:
-    return table if table.dtype == torch.float32 else table.float()
+def _tables(
+    cos: Tensor, sin: Tensor, x: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The tables as the operators take them."""
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        cos, sin = cos.float(), sin.float()
+    # With a row per token, a DTensor's tokens may be split over ranks, and the rows with them.
+    if type(x) is not Tensor and position_ids is None and cos.dim() == 2:
+        tokens = x.shape[2]
+        cos, sin = cos[:tokens], sin[:tokens]
+    return cos, sin
 
 
 def _token_major(x: Tensor) -> bool:

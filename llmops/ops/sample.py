@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from llmops import backends, reference
-from llmops.dispatch import resolve
-from llmops.ops import _check
+from llmops.dispatch import learn_sharding, resolve
+from llmops.ops import _check, _dtensor
 from llmops.ops._op import LIBRARY
 
 _is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def sample(
@@ -59,11 +60,14 @@ def sample(
     uniform = None
     if temperature > 0.0:
         uniform = _uniform(logits, generator)
+        if _dtensor.is_distributed(logits):
+            uniform = _dtensor.replicated(uniform, logits, drawn=True)
     if name == "reference":
         if not _is_compiling():
             _check_rows(logits, greedy=temperature == 0.0)
         return reference.sample_at(logits, uniform, temperature, top_k, top_p, min_p)
-    if _is_compiling() or type(logits) is not Tensor:
+    if _is_compiling() or type(logits) is not Tensor or _dispatch_modes():
+        learn_sharding()
         return torch.ops.llmops.sample(logits, uniform, temperature, top_k, top_p, min_p, name)  # type: ignore[no-any-return]
     return _forward(logits, uniform, temperature, top_k, top_p, min_p, name)
 

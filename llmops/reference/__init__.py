@@ -10,7 +10,7 @@ Signatures are those of the public functions, less `backend`; docstrings there h
 from __future__ import annotations
 
 from llmops.reference.attention import attention, attention_bwd, dropout_seed, dropout_weights
-from llmops.reference.attention_kvcache import attention_kvcache, cached_rows
+from llmops.reference.attention_kvcache import attention_kvcache, attention_kvcache_bwd, cached_rows
 from llmops.reference.attention_varlen import attention_varlen, attention_varlen_bwd
 from llmops.reference.cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
 from llmops.reference.embedding import embedding, embedding_bwd
@@ -32,6 +32,7 @@ __all__ = [
     "attention",
     "attention_bwd",
     "attention_kvcache",
+    "attention_kvcache_bwd",
     "attention_varlen",
     "attention_varlen_bwd",
     "cached_rows",
