@@ -51,6 +51,9 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("odd-67x103-d33x65", _qkv(make, 1, (1, 1), (67, 103), 33, 65), {**causal, **lse})
     yield Sample("1x1-d1", _qkv(make, 1, (1, 1), (1, 1), 1))
     yield Sample("wide-9x40-d260x512", _qkv(make, 1, (1, 1), (9, 40), 260, 512))
+    # One of D and Dv in chunks, the other whole; D = 192 beside Dv = 128 is a known model's.
+    yield Sample("wide-9x40-d20x300", _qkv(make, 1, (2, 1), (9, 40), 20, 300), causal)
+    yield Sample("wide-9x40-d300x20", _qkv(make, 1, (2, 1), (9, 40), 300, 20), causal)
     # Short queries: packed across the heads of a group; few of them: decode; long: split keys.
     yield Sample("packed-24x90", _qkv(make, 1, (6, 2), (24, 90), 20), causal)
     yield Sample("decode-1x90", _qkv(make, 2, (2, 2), (1, 90), 80), lse)
