@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     items[:] = kept
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """A test of a target makes its tensors on the target's device; the kit's say theirs."""
+    target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+    if getattr(target, "device", "cpu") == "cpu":
+        return (yield)
+    with torch.device(target.device):
+        return (yield)
+
+
 # The CUDA kernels on CPU tensors, in the simulator of tests/cuda_sim: a target of the kit.
 if os.environ.get("LLMOPS_CUDA_SIM") == "1":
     from cuda_sim import build

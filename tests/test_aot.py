@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def in_fresh_python(code: str) -> str:
     """Kernels of a process with TRITON_INTERPRET cannot be compiled, so in one without."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    start = "import sys; sys.path.insert(0, 'tools')\nimport aot, aot_compile\n"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, 'tools')\nimport aot\n" + code],
+        [sys.executable, "-c", start + code],
         capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -34,9 +35,9 @@ assert list(aot.grown(good, {**good, "shared": 1025})) == ["shared 1024 -> 1025"
 assert list(aot.grown(good, {**good, "spills": 1})) == ["spills 0 -> 1"]
 assert list(aot.grown(good, {**good, "moved": 1})) == ["moved 0 -> 1"]
 amd = ".vgpr_count: 9 .vgpr_spill_count: 0 .sgpr_spill_count: 3 .private_segment_fixed_size: {}"
-assert aot._amd({"amdgcn": amd.format(0)}) == {
+assert aot_compile._amd({"amdgcn": amd.format(0)}) == {
     "registers": 9, "spills": 0, "moved": 3, "instructions": []}
-assert aot._amd({"amdgcn": amd.format(8)})["spills"] == 3
+assert aot_compile._amd({"amdgcn": amd.format(8)})["spills"] == 3
 assert list(aot.grown(good, {**good, "instructions": ["HMMA"]})) == ["no longer uses HGMMA"]
 assert "3 spills" in list(aot.broken(job, {**good, "spills": 3}))[0]
 assert not list(aot.broken(replace(job, spills="its reason"), {**good, "spills": 3}))
@@ -48,7 +49,8 @@ assert aot.compare(table, {job.name: good}, {job.name, "new"}, set(table)) == [
     "new: not in the table", "gone bf16 x sm_90: in the table, and nothing launches it"]
 assert "softmax_fwd_kernel" in " ".join(aot.missing({"softmax"}, set()))
 dot = "%1 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x16xbf16> * tensor<16x64xbf16>"
-assert aot._multiplies_16_bit(dot) and not aot._multiplies_16_bit(dot.replace("bf16", "f32"))
+multiplies = aot_compile._multiplies_16_bit
+assert multiplies(dot) and not multiplies(dot.replace("bf16", "f32"))
 """
     in_fresh_python(code)
 
@@ -62,7 +64,7 @@ with _config.override("softmax", ROWS=16, BLOCK=4096, num_warps=4):
         call("many", "softmax", make(4096, 4096))
     sys.modules["aot_calls.softmax"] = module = type(sys)("calls")
     module.calls = calls
-    recorder = aot.Recorder()
+    recorder = aot_compile.Recorder()
     recorder.run("softmax", "sm_80", "bf16")
 (job,) = recorder.jobs.values()
 print(*aot.broken(job, job.result()))
@@ -71,7 +73,7 @@ import torch
 from llmops.kernels.triton import _launch, softmax
 launch = _launch.Launch(softmax.softmax_fwd_kernel, (1, 70000), {}, {})
 try:
-    aot._specialize(launch, "", "sm_80")
+    aot_compile._specialize(launch, "", "sm_80")
 except AssertionError as error:
     print(error)
 """

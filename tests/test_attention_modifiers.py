@@ -143,8 +143,8 @@ def _weights(target: Target, queries: int, keys: int, dropout_p: float, seed: in
     v = torch.eye(keys).expand(2, 4, keys, keys)
     with target.active():
         out = llmops.attention(
-            q, k, v, dropout_p=dropout_p, generator=torch.Generator().manual_seed(seed),
-            backend=target.backend,
+            q, k, v, dropout_p=dropout_p, backend=target.backend,
+            generator=torch.Generator(target.device).manual_seed(seed),
         )  # fmt: skip
     assert isinstance(out, Tensor)
     return out * keys
@@ -172,7 +172,7 @@ def test_dropout_keep_rate(target: Target, dropout_p: float) -> None:
 def test_dropout_drops_what_the_reference_drops(target: Target) -> None:
     """Bit for bit, whatever the tiling: packed rows, tiles, split keys, odd block starts."""
     for queries, keys in ((1, 30), (13, 1100), (70, 130)):
-        seed = reference.dropout_seed(torch.device("cpu"), torch.Generator().manual_seed(7))
+        seed = reference.dropout_seed(target.device, torch.Generator(target.device).manual_seed(7))
         want = reference.dropout_weights((2, 4, queries, keys), 0.3, seed)
         got = _weights(target, queries, keys, 0.3, 7)
         assert torch.equal(got > 0, want > 0)
@@ -193,7 +193,7 @@ def test_dropout_philox() -> None:
 def test_dropout_expectation(target: Target) -> None:
     """The mean over many seeds is the attention without dropout."""
     q, k, v = (t.detach() for t in _qkv(20, 40))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(target.device).manual_seed(0)
     with target.active():
         want = llmops.attention(q, k, v, backend=target.backend)
         runs = [
@@ -213,7 +213,7 @@ def test_dropout_backward_drops_the_same(target: Target) -> None:
     with target.active():
         out, lse = llmops.attention(
             q, k, v, dropout_p=0.5, return_lse=True, backend=target.backend,
-            generator=torch.Generator().manual_seed(3),
+            generator=torch.Generator(target.device).manual_seed(3),
         )  # fmt: skip
         (dv,) = torch.autograd.grad(out.sum(), v)
         _, plain_lse = llmops.attention(q, k, v, return_lse=True, backend=target.backend)

@@ -78,7 +78,8 @@ def test_attention_varlen_dropout(target: Target, dropout_p: float) -> None:
         with target.active():
             out = llmops.attention_varlen(
                 q, k, v, _bounds(5, 70, 20), _bounds(30, 80, 12), 70, 80, causal=True,
-                dropout_p=dropout_p, generator=torch.Generator().manual_seed(7), backend=backend,
+                dropout_p=dropout_p, generator=torch.Generator(target.device).manual_seed(7),
+                backend=backend,
             )  # fmt: skip
             results.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(q))))
     for a, b in zip(*results, strict=True):

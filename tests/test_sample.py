@@ -62,7 +62,7 @@ def test_sample_distribution(target: Target) -> None:
     below exp(-t) (Laurent and Massart, 2000); t = 16 makes that 10^-7. The seed is fixed besides.
     """
     draws = 3000 if target.interpreted else 40000
-    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(5)) * 1.5
+    logits = torch.randn(1, 60, generator=torch.Generator(target.device).manual_seed(5)) * 1.5
     for filters in (
         {"temperature": 1.0},
         {"temperature": 0.7, "top_k": 20},
@@ -70,7 +70,7 @@ def test_sample_distribution(target: Target) -> None:
         {"temperature": 1.0, "min_p": 0.1},
         {"temperature": 0.9, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
     ):
-        generator = torch.Generator().manual_seed(11)
+        generator = torch.Generator(target.device).manual_seed(11)
         with target.active():
             drawn = llmops.sample(
                 logits.expand(draws, -1), generator=generator, backend=target.backend, **filters
@@ -146,7 +146,7 @@ def test_sample_reproducible(target: Target) -> None:
     filters = {"temperature": 0.8, "top_k": 200, "top_p": 0.95}
 
     def draw(threads: int) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator(target.device).manual_seed(3)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -183,7 +183,8 @@ def test_sample_agrees_with_the_reference_token_for_token(
     target: Target, dtype: torch.dtype
 ) -> None:
     """At the same uniform numbers; those that fall between two tokens, by their rounding, aside."""
-    logits = (torch.randn(96, 700, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    generator = torch.Generator(target.device).manual_seed(2)
+    logits = (torch.randn(96, 700, generator=generator) * 3).to(dtype)
     logits[::3, ::5] = -math.inf
     uniform = torch.linspace(0, 1, 97, dtype=torch.float64)[:-1]
     for top_k, top_p, min_p in ((0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (300, 0.8, 0.01)):

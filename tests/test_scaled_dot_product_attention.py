@@ -35,7 +35,8 @@ def _check(target: Target, inputs: list[Tensor], *, factor: float = 3.0, **argum
         out = fn(*tensors, **arguments, **extra)
         if not out.requires_grad:
             return [out]
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        generator = torch.Generator(target.device).manual_seed(1)
+        cotangent = torch.randn(out.shape, generator=generator).bfloat16()
         return [out, *torch.autograd.grad(out, tensors, cotangent.to(out.dtype))]
 
     with target.active():

@@ -68,6 +68,11 @@ def copy(x, y, begin, n, FORCE: tl.constexpr, n_block: tl.constexpr):
 
 
 @triton.jit
+def integers(out, a, b):
+    tl.store(out, a * b + b)
+
+
+@triton.jit
 def add_one(x, at):
     tl.atomic_add(x + at, 1.0)
 
@@ -179,6 +184,22 @@ assert "an atomic" in raises(add_one, a, N) or "a atomic" in raises(add_one, a, 
 assert memory[N : 2 * N].eq(0).all() and memory[3 * N :].eq(0).all()
 """
     )
+
+
+def test_interpreter_integers_that_overflow_raise() -> None:
+    interpreted("""
+out = torch.zeros(1, dtype=torch.int64)
+for a, b, fits in ((2**16, 2**14, True), (2**16, 2**15, False), (2**31 - 2, 1, True),
+                   (2**31 - 1, 1, False), (-(2**16), 2**15 + 1, False), (2**40, 2**10, True)):
+    try:
+        launch(integers, (1,), out, a, b)
+    except Exception as error:
+        while error.__cause__ or error.__context__:
+            error = error.__cause__ or error.__context__
+        assert isinstance(error, OverflowError) and not fits, (a, b, error)
+    else:
+        assert fits and out == a * b + b, (a, b, out)
+""")
 
 
 def test_interpreter_finds_a_kernel_that_forgets_its_mask() -> None:

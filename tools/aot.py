@@ -8,11 +8,7 @@ GPUs that are not there, and holds registers, spills, shared memory and instruct
     python tools/aot.py --part head/8     one part of eight, by the commit, as in tests/rotation.py
     python tools/aot.py --list            the names of the entries; compiles nothing
 
-tools/aot_calls/<op>.py says at which shapes: `calls(make, call)` with make(*shape) a meta tensor of
-the dtype in turn (make(..., dtype=...) of another) and call(label, launcher, *args, **kwargs)
-running a launcher of llmops.backends.triton, whose result it returns. Triton's own binder then
-makes of each launch the specialization that it would compile on a GPU, and each distinct one is an
-entry of the table. Rules:
+What is compiled, and how: aot_compile.py. Rules:
 
 - no spills, but for the entries that `SPILLS` of the op's file names: {"kernel [dtype label]": why}
   (a spill goes to memory: what AMD's compiler moves to lanes of vector registers, or to the
@@ -29,218 +25,25 @@ Another version of Triton: PYTHONPATH=build/triton-3.6.0 python tools/aot.py --t
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
-import os
-import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# Kernels that the interpreter wraps cannot be compiled.
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "aot")
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+from aot_compile import ROOT, TARGETS, VERSION, Entry, Job, missing, ops, record
+from rotation import parse as part_of  # of tests, whose path aot_compile knows
 
-import rotation  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-from llmops.kernels.triton import _launch  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
-
-from llmops.backends import get  # noqa: E402
-from llmops.kernels import triton as kernels  # noqa: E402
-
-TARGETS = {
-    **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)},
-    **{name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942", "gfx950")},
-}
 # KiB of shared memory that one program may have.
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 SHARED |= {"gfx90a": 64, "gfx942": 64, "gfx950": 160}
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA", "mfma")
 # Registers that an entry may have more than the table says.
 SLACK = 8
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# fp16 is compiled like bf16, so that one target tells.
-FP16_TARGETS = ("sm_90",)
 WORKERS = 1
-TABLE = ROOT / "benchmarks" / "aot" / f"{triton.__version__}.json"
-
-Entry = dict[str, Any]  # registers, spills, shared, instructions, config; moved where there is
-
-
-@dataclass(frozen=True)
-class Job:
-    """One specialization of a kernel, to be compiled for one target."""
-
-    name: str  # of its entry: "softmax softmax_fwd bf16 4096x1024 sm_90", the first word the op's
-    target: str
-    source: Any
-    options: dict[str, Any]
-    config: str
-    spills: str | None  # why it may spill
-
-    def result(self) -> Entry:
-        compiled = triton.compile(self.source, TARGETS[self.target], self.options)
-        measure = _nvidia if self.target.startswith("sm") else _amd
-        entry = {**measure(compiled.asm), "shared": compiled.metadata.shared, "config": self.config}
-        if _multiplies_16_bit(compiled.asm["ttir"]):
-            entry["product"] = True
-        return entry
-
-
-def _multiplies_16_bit(ttir: str) -> bool:
-    return re.search(r"tt\.dot .*: tensor<[\dx]+x(?:b?f16)>", ttir) is not None
-
-
-def _nvidia(asm: Any) -> Entry:
-    """From the program itself: a spill is an access of local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-    def dump(what: str) -> str:
-        done = subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage, program = dump("--dump-resource-usage"), dump("--dump-sass")
-    found = re.search(r"REG:(\d+)", usage)
-    assert found, usage
-    instructions = re.findall(r"\b(HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS)\b", program)
-    wide = re.findall(r"\b(LDG|STG)\.(?:\w+\.)*128\b", program)
-    return {
-        "registers": int(found[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", program)),
-        "instructions": sorted({*instructions, *(f"{w}.128" for w in wide)}),
-    }
-
-
-def _amd(asm: Any) -> Entry:
-    text = asm["amdgcn"]
-
-    def value(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        assert found, name
-        return int(found[1])
-
-    wide = re.findall(r"\b(?:global|buffer)_(load|store)_dwordx4\b", text)
-    names = {"mfma"} if re.search(r"\bv_mfma_", text) else set()
-    entry = {"registers": value("vgpr_count"), "spills": 0}
-    moved = value("vgpr_spill_count") + value("sgpr_spill_count")
-    if moved:
-        entry["spills" if value("private_segment_fixed_size") else "moved"] = moved
-    return {**entry, "instructions": sorted(names | {f"{w}.128" for w in wide})}
-
-
-# ---- what to compile -----------------------------------------------------------------------------
-
-
-class Make:
-    """Meta tensors of one dtype: make(4096, 1024); make(4096, dtype=torch.int64)."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
-
-
-def ops() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "tools" / "aot_calls")]))
-
-
-class Recorder:
-    """Runs the calls of aot_calls for a target and a dtype; keeps each specialization once."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, Job] = {}
-        self.launchers: set[str] = set()
-        self.kernels: set[str] = set()
-        self._seen: set[Any] = set()
-
-    def run(self, op: str, target: str, tag: str) -> None:
-        module = importlib.import_module(f"aot_calls.{op}")
-
-        def call(label: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
-            self.launchers.add(launcher)
-            with _launch.recording(target.replace("sm_", "sm")) as launches:
-                result = getattr(get("triton"), launcher)(*args, **kwargs)
-            if not launches:
-                raise AssertionError(f"{op}: {launcher} {label} launched no kernel")
-            for launch in launches:
-                self._keep(launch, op, f"{tag} {label}", target, module)
-            return result
-
-        module.calls(Make(DTYPES[tag]), call)
-
-    def _keep(self, launch: Any, op: str, label: str, target: str, module: Any) -> None:
-        self.kernels.add(launch.kernel.__name__)
-        source, options, key = _specialize(launch, label, target)
-        # Per op, though ops share kernels: the entries of an op are the same in a run of it alone.
-        if (op, key, target) in self._seen:
-            return
-        self._seen.add((op, key, target))
-        kernel = launch.kernel.__name__.removesuffix("_kernel")
-        # Where a label has several forms of a kernel, they are numbered.
-        names = (f"{op} {kernel}{f'#{i}' if i > 1 else ''} {label} {target}" for i in range(1, 100))
-        name = next(n for n in names if n not in self.jobs)
-        spills = getattr(module, "SPILLS", {}).items()
-        why = next((why for what, why in spills if f"{kernel} {label}".startswith(what)), None)
-        config = " ".join(f"{k}={v}" for k, v in sorted(launch.constants.items()))
-        self.jobs[name] = Job(name, target, source, options, config, why)
-
-
-def record(names: Iterable[str], targets: Iterable[str]) -> Recorder:
-    recorder = Recorder()
-    for target in targets:
-        for name in names:
-            for tag in DTYPES:
-                if tag != "fp16" or target in FP16_TARGETS:
-                    recorder.run(name, target, tag)
-    return recorder
-
-
-def _specialize(launch: Any, label: str, target: str) -> tuple[Any, dict[str, Any], Any]:
-    """The source that Triton would compile for this launch, its options, and what tells it from
-    others."""
-    kernel = launch.kernel
-    grid = (*launch.grid, 1, 1)[:3]
-    if grid[0] >= 2**31 or max(grid[1:]) >= 2**16:
-        raise AssertionError(f"{kernel.__name__} {label}: a grid of {grid} is beyond CUDA's")
-    backend = make_backend(TARGETS[target])
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**launch.arguments, **launch.constants)
-    _, signature, constants, attributes = kernel._pack_args(
-        backend, dict(launch.constants), bound, specialization, options
-    )
-    key = (kernel.__name__, str(signature), str(constants), str(attributes), str(options))
-    return ASTSource(kernel, signature, constants, attributes), options, key
-
-
-def missing(launchers: set[str], called: set[str]) -> Iterator[str]:
-    """Launchers and kernels of the package that no call reached."""
-    for name in sorted(set(get("triton")._FILES) - launchers):
-        yield f"launcher {name}: no call of tools/aot_calls runs it"
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name == "_interpreter":
-            continue
-        inside = vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))
-        for name, value in inside.items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel") and name not in called:
-                yield f"kernel {name} of {module.name}.py: no call of tools/aot_calls launches it"
+TABLE = ROOT / "benchmarks" / "aot" / f"{VERSION}.json"
 
 
 # ---- the rules -----------------------------------------------------------------------------------
@@ -363,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(job.name for job in every))
         return 0
-    part = rotation.parse(arguments.part)
+    part = part_of(arguments.part)
     todo = [j for j in every if part is None or zlib.crc32(j.name.encode()) % part.of == part.index]
     start = time.monotonic()
     entries, problems = compile_all(todo, arguments.verbose)
@@ -381,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         problems += compare(table, entries, expected, known)
     which = "" if part is None else f" (part {part.index} of {part.of}, {part.why})"
     print(
-        f"triton {triton.__version__}: {len(entries)} of {len(every)} entries{which} compiled in "
+        f"triton {VERSION}: {len(entries)} of {len(every)} entries{which} compiled in "
         f"{time.monotonic() - start:.0f} s"
     )
     if problems:

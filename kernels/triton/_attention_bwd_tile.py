@@ -39,6 +39,16 @@ def cut_blocks(begin, a, z, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(part, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The chunk of a dimension that a program loads: there may be more programs than it has chunks,
+    as the other dimension is the wider. Those load the last, and store nothing of it."""
+    if DIM <= BLOCK:
+        return 0
+    else:
+        return tl.minimum(part, (DIM - 1) // BLOCK)
+
+
+@triton.jit
 def gradients(
     q_tile, q_rows, q_keep, k_tile, k_rows, held, g_tile, g_rows, v_tile, v_rows, lse, delta, norm,
     at, alive, m, n, start, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed,
@@ -80,13 +90,15 @@ def gradients(
 def add_key_gradients(
     dk_sum, dv_sum, q_base, g_base, q_t, dout_t, k_tile, k_rows, seen, v_tile, v_rows, lse, delta,
     norm, at_base, blocks, begin, a, z, low, high, n, first, queries, keys, factor, left, right,
-    slope, cap, mask_base, mask_t, mask_n, seed, plane, below, keep_scale, part,
+    slope, cap, mask_base, mask_t, mask_n, seed, plane, below, keep_scale, dq_base, dq_t, part,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
     """What `blocks` blocks of queries add to dK and dV of a block of keys: the cut ones, or the
-    whole ones from a on. Keys beyond the end get sums that nobody stores."""
+    whole ones from a on. Keys beyond the end get sums that nobody stores. And, where dq_base is not
+    None, what the keys add to dQ of those queries, in memory."""
+    chunk, chunk_v = chunk_of(part, DIM, BLOCK_D), chunk_of(part, DIM_V, BLOCK_DV)
     for i in range(blocks):
         if CUT:
             start = cut_block(i, begin, a, z, BLOCK_M)
@@ -106,8 +118,8 @@ def add_key_gradients(
             mask_rows = mask_base + m.to(tl.int64)[None, :] * mask_t
         else:
             mask_rows = mask_base
-        q_tile = rows_of(q_rows, keep, part, DIM, BLOCK_D, CUT)
-        g_tile = rows_of(g_rows, keep, part, DIM_V, BLOCK_DV, CUT)
+        q_tile = rows_of(q_rows, keep, chunk, DIM, BLOCK_D, CUT)
+        g_tile = rows_of(g_rows, keep, chunk_v, DIM_V, BLOCK_DV, CUT)
         p, _ds, dx = gradients(
             q_tile, q_rows, keep, k_tile, k_rows, seen, g_tile, g_rows, v_tile, v_rows, lse,
             delta, norm, at, alive, m, n, first, queries, keys, factor, left, right, slope, cap,
@@ -115,7 +127,15 @@ def add_key_gradients(
             BLOCK_D, BLOCK_DV, FORM, PRECISION, False, CUT,
         )  # fmt: skip
         dv_sum = tl.dot(p.to(g_tile.dtype), g_tile, dv_sum, input_precision=PRECISION)
-        dk_sum = tl.dot(dx.to(q_tile.dtype), q_tile, dk_sum, input_precision=PRECISION)
+        dx = dx.to(q_tile.dtype)
+        dk_sum = tl.dot(dx, q_tile, dk_sum, input_precision=PRECISION)
+        if dq_base is not None:
+            own = k_tile
+            if DIM > BLOCK_D:
+                own = rows_of(k_rows, seen, chunk, DIM, BLOCK_D, True)
+            step = tl.dot(tl.trans(dx), own, input_precision=PRECISION)
+            d = part * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+            tl.atomic_add(dq_base + row * dq_t + d, step, mask=keep & (d < DIM), sem="relaxed")
     return dk_sum, dv_sum
 
 

@@ -6,7 +6,8 @@ a maximum with NaN as NumPy does and not as GPUs do, and reads whatever lies at 
 - bf16 is rounded to nearest even, and arithmetic on it is that of fp32, rounded;
 - tl.maximum and tl.minimum give the number where one side is NaN, as compiled code does;
 - a load or store of an address outside the launch's tensors raises, naming the address's tensor;
-- a call of a helper no longer replaces all of triton.language anew: half the time of many kernels.
+- a call of a helper no longer replaces all of triton.language anew, and the check of integers for
+  overflow is NumPy's arithmetic and no longer Triton's: each a third of the time of many kernels.
 
 Tried on Triton 3.6.0 and 3.7.1, whose interpreter this patches in place.
 """
@@ -18,10 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Handle = interpreter.TensorHandle
 Builder = interpreter.InterpreterBuilder
+
+
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 class OutOfBoundsError(IndexError):
@@ -219,7 +224,33 @@ def _patch_once() -> None:
     interpreter.GridExecutor.__call__ = call
 
 
+def _check_integers() -> None:
+    """As stock, sums and products of integers that do not fit raise; found with fewer steps."""
+    kinds: dict[str, Any] = {}
+    stock = interpreter._get_np_dtype
+
+    def numpy_dtype(kind: Any) -> Any:
+        scalar = kind.scalar
+        if scalar.name not in kinds:
+            kinds[scalar.name] = stock(scalar)
+        return kinds[scalar.name]
+
+    def check(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        kind = lhs.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        exact = EXACT[binary_op.__name__](
+            lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64)
+        )
+        if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
+            raise OverflowError(f"{kind} overflow in {binary_op.__name__}: {exact.max()}")
+
+    interpreter._get_np_dtype = numpy_dtype
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
 _repair_arithmetic()
+_check_integers()
 _repair_sums()
 _check_memory()
 _patch_once()

@@ -1,8 +1,15 @@
-"""Attention's gradients, in the deterministic split form: programs that hold a block of keys sum
-dK and dV over the queries of a group of heads, those that hold a block of queries sum dQ; the
-gradients of an additive mask and of the sinks apart. Blocks that nothing cuts are summed without a
-comparison, as forward. No atomics: the same bits in every run. `_attention_bwd_tile.py` has the
-loops. Formula: `_attention_tile.py`; seven products of 2 Tq Tk D flops per head. Dao, 2023.
+"""Attention's gradients. Programs that hold a block of keys sum dK and dV over the queries of a
+group of heads; the gradients of an additive mask and of the sinks are computed apart. Blocks that
+nothing cuts are summed without a comparison, as forward. dQ has two forms:
+
+- split: programs of a second kernel that hold a block of queries sum it. Seven products of
+  2 Tq Tk D flops per head, no atomics, the same bits in every run.
+- one pass: the programs that hold keys add their share to dQ, in fp32 and atomically, and a pass
+  over dQ scales and rounds it. Five products; the order of the sums, and so the last bits, differ
+  from run to run. Only where `llmops tune` found it faster (`ONE_PASS` of its configuration), and
+  never under torch.use_deterministic_algorithms(True). Not measured on a GPU yet.
+
+`_attention_bwd_tile.py` has the loops. Formula: `_attention_tile.py`. Dao, 2023.
 """
 
 from __future__ import annotations
@@ -13,11 +20,14 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton._attention_bwd_mask import attention_bwd_dmask_kernel
+from llmops.kernels.triton._attention_bwd_prepare import attention_prepare_kernel
 from llmops.kernels.triton._attention_bwd_tile import (
     add_key_gradients,
     add_query_gradients,
     cut_blocks,
 )
+from llmops.kernels.triton._attention_problem import Problem, dense, heads_like
+from llmops.kernels.triton._attention_problem import candidates as candidates  # llmops tune's
 from llmops.kernels.triton._attention_tile import (
     ADDED_MASK,
     ALIBI,
@@ -26,88 +36,14 @@ from llmops.kernels.triton._attention_tile import (
     GENERAL,
     LOG2E,
     NATURAL,
-    SINKS,
     block_range,
     key_range,
-    modify_scores,
-    product,
     query_range,
     rows_of,
     sequence,
 )  # fmt: skip
 from llmops.kernels.triton._launch import launch
-from llmops.kernels.triton.attention import Problem, dense, heads_like
-from llmops.kernels.triton.attention import candidates as candidates  # as many, for the backward
 from torch import Tensor
-
-
-@triton.jit
-def attention_prepare_kernel(
-    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
-    right, cap, below, keep_scale,
-    out, dout, lse, dlse, delta, norm, dsink, out_b, out_h, out_t, dout_b, dout_h, dout_t, lse_b,
-    lse_h, dlse_b, dlse_h, dlse_t, blocks,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """delta = dout . out - dlse; norm, what is left to multiply P by: 1, unless lse is too large to
-    resolve the sum it holds beside the maximum, as where all keys got the lowest number."""
-    index = tl.program_id(0)
-    first = index % blocks * BLOCK_M
-    h, b = (index // blocks % heads).to(tl.int64), (index // blocks // heads).to(tl.int64)
-    q_start, queries = sequence(cu_q, b, queries, FORM)
-    k_start, keys = sequence(cu_k, b, keys, FORM)
-    if first >= queries:
-        return
-    m = first + tl.arange(0, BLOCK_M)
-    query = m[:, None]
-    row = q_start + query
-    at = b * lse_b + h * lse_h + q_start + m
-    log_sum = tl.load(lse + at, mask=m < queries, other=-float("inf"))
-    alive = log_sum != -float("inf")
-    dots = tl.zeros([BLOCK_M], tl.float32)
-    for part in range((DIM_V + BLOCK_DV - 1) // BLOCK_DV):
-        o = rows_of(out + b * out_b + h * out_h + row * out_t, alive[:, None], part, DIM_V,
-                    BLOCK_DV, True)  # fmt: skip
-        g = rows_of(dout + b * dout_b + h * dout_h + row * dout_t, alive[:, None], part, DIM_V,
-                    BLOCK_DV, True)  # fmt: skip
-        dots += tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    if dlse is not None:
-        dots -= tl.load(dlse + b * dlse_b + h * dlse_h + (q_start + m) * dlse_t, mask=alive,
-                        other=0.0)  # fmt: skip
-    tl.store(delta + at, dots, mask=m < queries)
-    if NATURAL & FORM:
-        lost = tl.where(alive & (tl.abs(log_sum) > 1024.0), 1, 0)
-        weight = tl.full([BLOCK_M], 1.0, tl.float32)
-        if tl.max(lost, 0) > 0:
-            q_rows = q + b * q_b + h * q_h + row * q_t
-            q_tile = rows_of(q_rows, alive[:, None], 0, DIM, BLOCK_D, True)
-            k_base = k + b * k_b + h // group * k_h + k_start * k_t
-            slope, mask_rows = 0.0, mask
-            if ALIBI & FORM:
-                slope = tl.load(slopes + b * slope_b + h * slope_h)
-            if (BOOL_MASK | ADDED_MASK) & FORM:
-                mask_rows = mask + b * mask_b + h * mask_h + query.to(tl.int64) * mask_t
-            total = tl.zeros([BLOCK_M], tl.float32)
-            if SINKS & FORM:
-                total = tl.exp2((tl.load(sinks + h) - log_sum) * LOG2E)
-            low, _, _, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
-            for start in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N)
-                held = ((n >= low) & (n < high))[:, None]
-                k_rows = k_base + n.to(tl.int64)[:, None] * k_t
-                k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, True)
-                s = product(q_tile, q_rows, alive[:, None], k_tile, k_rows, held, DIM, BLOCK_D,
-                            PRECISION)  # fmt: skip
-                s, _derivative = modify_scores(s * scale, query, n[None, :], queries, keys, left,
-                                     right, slope, cap, mask_rows, mask_n, FORM, True)  # fmt: skip
-                total += tl.sum(tl.exp2((s - log_sum[:, None]) * LOG2E), 1)
-            weight = tl.where(alive, 1.0 / total, 0.0)
-        tl.store(norm + at, weight, mask=m < queries)
-        if SINKS & FORM:
-            sink = tl.exp2((tl.load(sinks + h) - log_sum) * LOG2E) * weight
-            tl.store(dsink + at, tl.where(alive, -sink * dots, 0.0), mask=m < queries)
 
 
 @triton.jit
@@ -115,11 +51,12 @@ def attention_bwd_dkdv_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
     right, cap, below, keep_scale,
-    dout, lse, delta, norm, dk, dv, dout_b, dout_h, dout_t, lse_b, lse_h, dk_b, dk_h, dk_t, dv_b,
-    dv_h, dv_t, blocks,
+    dout, lse, delta, norm, dk, dv, dq, dout_b, dout_h, dout_t, lse_b, lse_h, dk_b, dk_h, dk_t,
+    dv_b, dv_h, dv_t, dq_b, dq_h, dq_t, blocks,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dq: what is added to in the one-pass form, fp32, without the scale; None in the other."""
     index, part = tl.program_id(0), tl.program_id(1)
     first = index % blocks * BLOCK_N
     kv_heads = heads // group
@@ -150,11 +87,13 @@ def attention_bwd_dkdv_kernel(
     cut = cut_blocks(begin, a, z, high, BLOCK_M)
     for member in range(group):  # the group's sum, in this order
         h = g * group + member
-        slope, mask_base = 0.0, mask
+        slope, mask_base, dq_base = 0.0, mask, dq
         if ALIBI & FORM:
             slope = tl.load(slopes + b * slope_b + h * slope_h)
         if (BOOL_MASK | ADDED_MASK) & FORM:
             mask_base = mask + b * mask_b + h * mask_h
+        if dq is not None:
+            dq_base = dq + b * dq_b + h * dq_h + q_start * dq_t
         q_base = q + b * q_b + h * q_h + q_start * q_t
         g_base = dout + b * dout_b + h * dout_h + q_start * dout_t
         at = b * lse_b + h * lse_h + q_start
@@ -164,15 +103,15 @@ def attention_bwd_dkdv_kernel(
                 dk_sum, dv_sum, q_base, g_base, q_t, dout_t, k_tile, k_rows, seen, v_tile, v_rows,
                 lse, delta, norm, at, (z - a) // BLOCK_M, begin, a, z, low, high, n, first, queries,
                 keys, factor, left, right, slope, cap, mask_base, mask_t, mask_n, seed_value, plane,
-                below, keep_scale, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM,
-                PRECISION, False,
+                below, keep_scale, dq_base, dq_t, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV, FORM, PRECISION, False,
             )  # fmt: skip
         dk_sum, dv_sum = add_key_gradients(
             dk_sum, dv_sum, q_base, g_base, q_t, dout_t, k_tile, k_rows, seen, v_tile, v_rows,
             lse, delta, norm, at, cut, begin, a, z, low, high, n, first, queries, keys, factor,
             left, right, slope, cap, mask_base, mask_t, mask_n, seed_value, plane, below,
-            keep_scale, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
-            True,
+            keep_scale, dq_base, dq_t, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM,
+            PRECISION, True,
         )  # fmt: skip
     if DROPOUT & FORM:
         dv_sum = dv_sum * keep_scale
@@ -275,13 +214,17 @@ def backward(
     # BLOCK_M is what a program holds, BLOCK_N what it walks: here keys and queries.
     held, walked = constants["BLOCK_M"], constants["BLOCK_N"]
     key_blocks = triton.cdiv(problem.keys, held)
+    sums = torch.zeros_like(dq, dtype=torch.float32) if problem.one_pass else None
     if dk.numel() or dv.numel():
         launch(
             attention_bwd_dkdv_kernel, (key_blocks * problem.kv_heads * problem.batch, parts),
-            *common, *shared, dk, dv, *of_dout, *of_lse, *problem.strides(dk), *problem.strides(dv),
-            key_blocks, **{**constants, "BLOCK_M": walked, "BLOCK_N": held},
+            *common, *shared, dk, dv, sums, *of_dout, *of_lse, *problem.strides(dk),
+            *problem.strides(dv), *problem.strides(dq), key_blocks,
+            **{**constants, "BLOCK_M": walked, "BLOCK_N": held},
         )  # fmt: skip
-    if dq.numel():
+    if sums is not None:
+        torch.mul(sums, scale, out=dq)
+    elif dq.numel():
         launch(
             attention_bwd_dq_kernel, (rows, problem.parts("DIM")), *common, *shared, dq, *of_dout,
             *of_lse, *problem.strides(dq), blocks, **constants,

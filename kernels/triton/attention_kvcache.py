@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from llmops.kernels.triton import _attention_tile as tile
 from llmops.kernels.triton import _config, _launch, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._attention_problem import dense, heads_like
+from llmops.kernels.triton._launch import all_registers, launch
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 MOST_SPLITS = 64
 SPLIT_KEYS = 256  # the fewest keys worth a part of their own
 
@@ -107,8 +107,8 @@ def attention_kvcache_fwd_kernel(
         new = tl.maximum(top, tl.max(s, 1)[:, None])
         # Nothing seen yet: -inf - -inf would be NaN.
         shift = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2((s - shift) * LOG2E)
-        fade = tl.exp2((top - shift) * LOG2E)
+        p = tl.exp2((s - shift) * tile.LOG2E)
+        fade = tl.exp2((top - shift) * tile.LOG2E)
         total = total * fade + tl.sum(p, 1)[:, None]
         rows = v + kv_head * v_h + in_block * v_b + where * v_t
         y = tile.rows_of(rows[:, None], there[:, None], 0, DIM_V, DV, True)
@@ -175,17 +175,17 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
         block_n = 16 if wide or modified or rows > 16 else 32
     stages = 1 if amd or dim > 128 or small else 2
     warps = 8 if dim > 128 or modified or (wide and dim > 64) or (amd and rows > 16) else 4
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    if architecture == "sm120" and block_m == 64 and dim > 64:
+        warps = 8
+    bound = all_registers(warps) if dim > 128 else {}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages,
+            **bound}  # fmt: skip
 
 
 def _splits(programs: int, capacity: int) -> int:
     """So many parts that two programs run on each processor; from shapes alone."""
     wanted = triton.cdiv(2 * _launch.processors(), programs)
     return max(1, min(wanted, triton.cdiv(capacity, SPLIT_KEYS), MOST_SPLITS))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def attention_kvcache(
@@ -211,14 +211,11 @@ def attention_kvcache(
             f"llmops.attention_kvcache: head_dim is {max(dim, dim_v)}, at most 512 is supported on "
             "backend 'triton'; use backend=\"reference\""
         )
-    if q.stride(1) < q.stride(2):
-        out = q.new_empty(batch, queries, heads, dim_v).transpose(1, 2)
-    else:
-        out = q.new_empty(batch, heads, queries, dim_v)
+    out = heads_like(q, dim_v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
+    q, k, v = dense(q), dense(k_cache), dense(v_cache)
     # Rows of a sequence are counted in 32 bits, whose division is cheap.
     capacity = min(page * (1 if block_table is None else block_table.shape[1]), 2**31 - 1)
     # Bounds as wide as all there is are none.

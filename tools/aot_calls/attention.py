@@ -1,4 +1,5 @@
-"""attention: the usual heads, causal and not, in groups; each modifier once; both directions.
+"""attention: the usual heads, causal and not, in groups; each modifier once; both directions, the
+backward in both forms.
 
 fp16 is told by one size and fp32 by its largest: their kernels are bf16's."""
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llmops.kernels.triton import _config
 
 
 def calls(make: Any, call: Any) -> None:
@@ -14,8 +16,11 @@ def calls(make: Any, call: Any) -> None:
         q, k = make(2, 32, 4096, dim), make(2, 8, 4096, dim)
         out, lse = call(label, "attention", q, k, k, mask, causal, 0.125, **modifiers)
         need = mask is not None and mask.dtype != torch.bool
-        call(label, "attention_bwd", out, None, q, k, k, mask, out, lse, causal, 0.125, need,
-             **modifiers)  # fmt: skip
+        given = (out, None, q, k, k, mask, out, lse, causal, 0.125, need)
+        call(label, "attention_bwd", *given, **modifiers)
+        if label.endswith("causal") and dim <= 128 and make.dtype != torch.float16:
+            with _config.override("attention_bwd", ONE_PASS=True):
+                call(f"{label} one pass", "attention_bwd", *given)
 
     def fp32(*shape: int) -> Any:
         return make(*shape, dtype=torch.float32)
@@ -34,3 +39,8 @@ def calls(make: Any, call: Any) -> None:
     both("d=128 mask", 128, make(2, 1, 4096, 4096), False)
     both("d=128 window", 128, **window)
     both("d=128 dropout", 128, **noise)
+    # Narrower values than keys: of the latter there are two chunks.
+    q, k, v = make(2, 32, 4096, 192), make(2, 8, 4096, 192), make(2, 8, 4096, 128)
+    out, lse = call("d=192x128 causal", "attention", q, k, v, None, True, 0.125)
+    call("d=192x128 causal", "attention_bwd", out, None, q, k, v, None, out, lse, True, 0.125,
+         False)  # fmt: skip

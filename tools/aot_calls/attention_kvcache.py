@@ -1,4 +1,7 @@
-"""attention_kvcache: decode steps and prompt chunks of usual models, contiguous and paged."""
+"""attention_kvcache: decode steps and prompt chunks of usual models, contiguous and paged.
+
+Each of batch size, paging, modifiers and dtype where it changes the code most, not all with all:
+D = 128 in bf16 has both caches, other heads one, and fp32 the larger code, of pages."""
 
 from __future__ import annotations
 
@@ -8,37 +11,34 @@ import torch
 
 # Query heads, key heads, head dimension: Llama-3-8B, SmolLM2-135M, Gemma-7B.
 MODELS = ((32, 8, 128), (9, 3, 64), (16, 16, 256))
+BATCH = 4
 
 
 def calls(make: Any, call: Any) -> None:
     def integers(*shape: int) -> Any:
         return make(*shape, dtype=torch.int32)
 
+    lengths, table = integers(BATCH), integers(BATCH, 512)
     for heads, kv_heads, dim in MODELS:
         if (dim != 128 and make.dtype != torch.bfloat16) or make.dtype == torch.float16:
             continue
-        label = f"d={dim}"
-        # One row of heads or many, a split of the keys or none: all at D = 128 only.
-        cases = ((1, 1), (32, 1), (1, 512)) if dim == 128 else ((32, 1), (1, 512))
-        for batch, queries in cases:
-            q = make(batch, heads, queries, dim)
-            kind = f"chunk={queries}" if queries > 1 else f"batch={batch}"
-            contiguous = [make(batch, kv_heads, 8192, dim) for _ in range(2)]
-            pages = [make(batch * 512, kv_heads, 16, dim) for _ in range(2)]
-            table = integers(batch, 512)
-            rest = (integers(batch), None, None, queries > 1, dim**-0.5)
-            if dim == 128 or queries == 1:
-                call(f"{label} {kind}", "attention_kvcache", q, *contiguous, *rest)
-            rest = (integers(batch), table, *rest[2:])
-            if dim == 128 or queries > 1:
-                call(f"{label} {kind} paged", "attention_kvcache", q, *pages, *rest)
+        for queries, kind in ((1, "decode"), (512, "chunk")):
+            q = make(BATCH, heads, queries, dim)
+            contiguous = [make(BATCH, kv_heads, 8192, dim) for _ in range(2)]
+            pages = [make(BATCH * 512, kv_heads, 16, dim) for _ in range(2)]
+            rest = (None, queries > 1, dim**-0.5)
+            whole = dim == 128 and make.dtype == torch.bfloat16
+            if whole or (queries == 1 and dim != 128):
+                call(f"d={dim} {kind}", "attention_kvcache", q, *contiguous, lengths, None, *rest)
+            if whole or queries > 1 or make.dtype == torch.float32:
+                call(f"d={dim} {kind} paged", "attention_kvcache", q, *pages, lengths, table, *rest)
     # Every modifier at once, and left pads.
     heads, kv_heads, dim = MODELS[0]
-    for queries in (1, 512):
-        q = make(4, heads, queries, dim)
-        pages = [make(2048, kv_heads, 16, dim) for _ in range(2)]
+    for queries, kind in ((1, "decode"), (512, "chunk")):
+        q = make(BATCH, heads, queries, dim)
+        pages = [make(BATCH * 512, kv_heads, 16, dim) for _ in range(2)]
         slopes, sinks = (make(heads, dtype=torch.float32) for _ in range(2))
         call(
-            f"d={dim} modifiers queries={queries}", "attention_kvcache", q, *pages, integers(4),
-            integers(4, 512), integers(4), True, dim**-0.5, 4095, 0, slopes, 50.0, sinks,
+            f"d={dim} {kind} modifiers", "attention_kvcache", q, *pages, lengths, table,
+            integers(BATCH), True, dim**-0.5, 4095, 0, slopes, 50.0, sinks,
         )  # fmt: skip

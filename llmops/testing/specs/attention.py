@@ -51,6 +51,9 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("odd-67x103-d33x65", _qkv(make, 1, (1, 1), (67, 103), 33, 65), {**causal, **lse})
     yield Sample("1x1-d1", _qkv(make, 1, (1, 1), (1, 1), 1))
     yield Sample("wide-9x40-d260x512", _qkv(make, 1, (1, 1), (9, 40), 260, 512))
+    # One of D and Dv in chunks, the other whole; D = 192 beside Dv = 128 is a known model's.
+    yield Sample("wide-9x40-d20x300", _qkv(make, 1, (2, 1), (9, 40), 20, 300), causal)
+    yield Sample("wide-9x40-d300x20", _qkv(make, 1, (2, 1), (9, 40), 300, 20), causal)
     # Short queries: packed across the heads of a group; few of them: decode; long: split keys.
     yield Sample("packed-24x90", _qkv(make, 1, (6, 2), (24, 90), 20), causal)
     yield Sample("decode-1x90", _qkv(make, 2, (2, 2), (1, 90), 80), lse)
@@ -190,18 +193,20 @@ def _modified(make: Make) -> Iterator[Sample]:
     })  # fmt: skip
 
 
-def _generator(dropout_seed: int | None) -> torch.Generator | None:
-    return None if dropout_seed is None else torch.Generator().manual_seed(dropout_seed)
+def _generator(dropout_seed: int | None, like: Tensor) -> torch.Generator | None:
+    if dropout_seed is None:
+        return None
+    return torch.Generator(like.device if like.is_cuda else "cpu").manual_seed(dropout_seed)
 
 
 def _attention(*args: Any, dropout_seed: int | None = None, **kwargs: Any) -> Any:
-    return llmops.attention(*args, generator=_generator(dropout_seed), **kwargs)
+    return llmops.attention(*args, generator=_generator(dropout_seed, args[0]), **kwargs)
 
 
 def _reference(*args: Any, dropout_seed: int | None = None, **kwargs: Any) -> Any:
     seed = None
     if dropout_seed is not None:
-        seed = reference.dropout_seed(args[0].device, _generator(dropout_seed))
+        seed = reference.dropout_seed(args[0].device, _generator(dropout_seed, args[0]))
     return reference.attention(*args, seed=seed, **kwargs)
 
 
@@ -231,7 +236,7 @@ def torch_attention(
         )  # fmt: skip
     bias = mask
     if causal:
-        keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        keep = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         if mask is None:
             bias = keep
         elif mask.dtype == torch.bool:
@@ -264,16 +269,17 @@ def _added(
 ) -> Tensor:
     """Everything that is added to the scores, as one mask in q's dtype."""
     queries, keys = q.shape[2], k.shape[2]
-    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    key, query = (torch.arange(n, device=q.device) for n in (keys, queries))
+    distance = key - query[:, None] - (keys - queries)
     left, right = window if window is not None else (-1, -1)
-    keep = torch.ones(queries, keys, dtype=torch.bool)
+    keep = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         keep &= distance <= 0
     if left >= 0:
         keep &= distance >= -left
     if right >= 0:
         keep &= distance <= right
-    added = torch.zeros(queries, keys).masked_fill(~keep, -math.inf)
+    added = torch.zeros(queries, keys, device=q.device).masked_fill(~keep, -math.inf)
     if slopes is not None:
         added = added - slopes[..., None, None].float() * distance.abs()
     if mask is not None and mask.dtype == torch.bool:
@@ -312,7 +318,7 @@ def _eager_attention(
     weights = torch.exp(scores - lse[..., None]).masked_fill(scores == -math.inf, 0.0)
     weights = weights[..., : k.shape[2]].to(q.dtype)
     if dropout[0] > 0:
-        seed = reference.dropout_seed(q.device, _generator(dropout[1]))
+        seed = reference.dropout_seed(q.device, _generator(dropout[1], q))
         weights = weights * reference.dropout_weights(weights.shape, dropout[0], seed).to(q.dtype)
     out = weights @ v
     return (out, lse) if return_lse else out

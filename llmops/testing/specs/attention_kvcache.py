@@ -115,8 +115,9 @@ def torch_attention_kvcache(
         outs.append(out)
         lses.append(lse.float())
     # The empty ones are not torch's: under autocast they take the dtype of those that are.
-    lowered = torch.is_autocast_enabled("cpu") and q.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cpu") if lowered else q.dtype
+    kind = q.device.type
+    lowered = torch.is_autocast_enabled(kind) and q.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if lowered else q.dtype
     out = torch.cat([o.to(dtype) for o in outs])
     return (out, torch.cat(lses)) if return_lse else out
 

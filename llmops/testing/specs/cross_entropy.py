@@ -57,7 +57,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("int32-4x9", (make(4, 9), make.ints(4, high=9, dtype=torch.int32)))
     ignore = {"ignore_index": 2}
     yield Sample("ignore-2", (make(12, 4), make.ints(12, high=4)), ignore)
-    nothing = torch.full((3,), -100)
+    nothing = torch.full((3,), -100, device=make.device)
     yield Sample("all-ignored", (make(3, 7), nothing))
     yield Sample("all-ignored-none", (make(3, 7), nothing), {"reduction": "none"})
     yield Sample("empty-0x5", (make(0, 5), make.ints(0, high=5)))

@@ -46,7 +46,7 @@ def torch_embedding(
     if position_weight is None:
         return y
     if positions is None:
-        positions = torch.arange(tokens.shape[-1])
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
     return y + F.embedding(positions, position_weight)
 
 

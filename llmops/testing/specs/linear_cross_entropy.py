@@ -38,7 +38,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("one-none-16", (make(16), make(33, 16), make.ints(high=33)), {"reduction": "none"})
     ids32 = make.ints(5, high=9, dtype=torch.int32)
     yield Sample("int32-ignore-3", (make(5, 8), make(9, 8), ids32), {"ignore_index": 3})
-    nothing = torch.full((3,), -100)
+    nothing = torch.full((3,), -100, device=make.device)
     yield Sample("all-ignored", (make(3, 8), make(9, 8), nothing), {"linear_bias": make(9)})
     yield Sample("empty-0x8", (make(0, 8), make(9, 8), make.ints(0, high=9)), {"reduction": "sum"})
     wide = (make(4, 8), make(9, 8), make.ints(4, high=9))

@@ -83,7 +83,7 @@ def torch_rope(
 ) -> Tensor:
     """As models write it: rotate_half in x's dtype, with tables of twice the columns."""
     if cos.dim() == 2:
-        ids = torch.arange(x.shape[2]) if position_ids is None else position_ids
+        ids = torch.arange(x.shape[2], device=x.device) if position_ids is None else position_ids
         cos, sin = cos[ids], sin[ids]
     if cos.dim() == 2:
         cos, sin = cos[None], sin[None]

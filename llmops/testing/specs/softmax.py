@@ -63,7 +63,7 @@ def torch_softmax(
     if mask is not None:
         z = z.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else z + mask
     if causal:
-        keep = torch.ones(x.shape[-2:], dtype=torch.bool).tril(x.shape[-1] - x.shape[-2])
+        keep = x.new_ones(x.shape[-2:], dtype=torch.bool).tril(x.shape[-1] - x.shape[-2])
         z = z.masked_fill(~keep, -math.inf)
     y = torch.softmax(z, dim, dtype=dtype)
     return y.nan_to_num(0.0) if mask is not None or causal else y

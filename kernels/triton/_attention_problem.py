@@ -1,0 +1,153 @@
+"""What the launchers of attention, forward and backward, share: block sizes, what `llmops tune`
+tries, and the arguments and constants of a call's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from llmops.kernels.triton import _attention_tile as tile
+from llmops.kernels.triton import _config, _rows
+from llmops.kernels.triton._attention_tile import (
+    ADDED_MASK,
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    GENERAL,
+    NATURAL,
+    NEGATIVE,
+    SINKS,
+)
+from llmops.kernels.triton._launch import all_registers, architecture
+from torch import Tensor
+
+
+def heads_like(like: Tensor, dim: int) -> Tensor:
+    """Empty [B, H, T, dim], laid out as `like` is: the heads of a token together where they are."""
+    b, h, t, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(b, t, h, dim).transpose(1, 2)
+    return like.new_empty(b, h, t, dim)
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) -> _config.Config:
+    """Blocks, warps, stages and the chunk of D: not measured; from ahead-of-time inspection, the
+    largest that spill nothing."""
+    if architecture() == "interpreter":  # few programs, yet of several blocks in the tests
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if keys <= 256 else 256, "CHUNK": 256}
+    amd = architecture().startswith("gfx")
+    if dtype == torch.float32 or dim > 128:
+        chunk = 64 if dtype == torch.float32 or amd else 128
+        warps = 4 if amd else 8
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": chunk, "num_warps": warps, "num_stages": 1,
+                **all_registers(warps)}  # fmt: skip
+    warps = 8 if dim > 64 else 4
+    if backward or form & GENERAL.value:
+        walked = 16 if dim > 64 and (amd or form & DROPOUT.value) else 32
+        bound = all_registers(warps) if architecture() == "sm100" else {}
+        return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
+                "num_stages": 1, **bound}  # fmt: skip
+    walked = 32 if amd and dim > 64 else 64
+    return {"BLOCK_M": 128, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype, bool]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table; CHUNK stays the table's. Backward, BLOCK_M is what
+    a program holds and BLOCK_N what it walks over, and both forms of dQ are tried."""
+    dim, dtype, general = key
+    forms: list[_config.Config] = [{}]
+    if op == "attention_bwd":
+        forms = [{"ONE_PASS": False}, {"ONE_PASS": True}]
+    narrow = dtype == torch.float32 or dim > 128
+    for held in (32, 64) if narrow else (64, 128):
+        for walked in (16, 32) if narrow else (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (1, 2) if narrow or len(forms) > 1 or general else (1, 2, 3):
+                    for form in forms:
+                        yield {"BLOCK_M": held, "BLOCK_N": walked, "num_warps": warps,
+                               "num_stages": stages, **form}  # fmt: skip
+
+
+class Problem:
+    """What the launchers of one call share: `arguments` and `constants` of every kernel."""
+
+    def __init__(
+        self, op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
+        scale: float, modifiers: tuple[Any, ...], varlen: tuple[Any, ...] | None, backward: bool,
+    ) -> None:  # fmt: skip
+        left, right, slopes, softcap, sinks, dropout_p, seed = modifiers
+        q, k, v = dense(q), dense(k), dense(v)
+        self.heads, self.kv_heads = q.shape[1], k.shape[1]
+        self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
+        cu_q = cu_k = None
+        q_b, k_b, v_b = q.stride(0), k.stride(0), v.stride(0)
+        form = 0
+        if varlen is not None:
+            cu_q, cu_k, self.queries, self.keys = varlen
+            cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+            self.batch, q_b, k_b, v_b = cu_q.shape[0] - 1, 0, 0, 0
+            form |= tile.VARLEN.value
+        self.varlen, self.q, self.k, self.v = varlen is not None, q, k, v
+        # Bounds as wide as all there is are none; this also keeps sums with them from overflow.
+        widest = self.queries + self.keys
+        left, right = (n if 0 <= n < widest else -1 for n in (left, right))
+        right = 0 if causal else right
+        form |= tile.LEFT.value if left >= 0 else 0
+        form |= tile.RIGHT.value if right >= 0 else 0
+        self.mask, mask_strides = mask, (0, 0, 0, 0)
+        if mask is not None:
+            form |= BOOL_MASK.value if mask.dtype == torch.bool else ADDED_MASK.value
+            full = (self.batch, self.heads, self.queries, self.keys)
+            mask_strides = mask.expand(full).stride()  # type: ignore[assignment]
+        slope_b = slope_h = 0
+        if slopes is not None:
+            form |= ALIBI.value
+            slope_b, slope_h = slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1)
+        form |= tile.SOFTCAP.value if softcap else 0
+        form |= SINKS.value if sinks is not None else 0
+        form |= DROPOUT.value if dropout_p else 0
+        natural = ADDED_MASK.value | ALIBI.value | tile.SOFTCAP.value | SINKS.value
+        form |= NATURAL.value if form & natural else 0
+        form |= NEGATIVE.value if scale < 0 else 0
+        below = min(int(dropout_p * 2**32 + 0.5), 2**32 - 1)
+        keep = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+        dim, dim_v = q.shape[3], v.shape[3]
+        chosen = table(max(dim, dim_v), q.dtype, backward, self.keys, form)
+        key = (_rows.power_of_2(max(dim, dim_v)), q.dtype, form & GENERAL.value != 0)
+        config = dict(_config.choose(op, key, chosen))
+        # The backward's form of dQ that adds atomically. Its blocks were found for it.
+        self.one_pass = config.pop("ONE_PASS", False)
+        if self.one_pass and torch.are_deterministic_algorithms_enabled():
+            self.one_pass, config = False, dict(chosen)
+        chunk = config.pop("CHUNK")
+        self.constants = {
+            "DIM": dim, "DIM_V": dim_v, "FORM": form, "PRECISION": "ieee", **config,
+            "BLOCK_D": min(max(_rows.power_of_2(dim), 16), chunk),
+            "BLOCK_DV": min(max(_rows.power_of_2(dim_v), 16), chunk),
+        }  # fmt: skip
+        self.sinks, self.seed = sinks, seed
+        self.arguments = (
+            q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, *q.stride()[1:3], k_b,
+            *k.stride()[1:3], v_b, *v.stride()[1:3], *mask_strides, slope_b, slope_h, self.heads,
+            self.heads // max(self.kv_heads, 1), self.rows(q), self.rows(k), scale, left, right,
+            softcap, below, keep,
+        )  # fmt: skip
+
+    def rows(self, x: Tensor) -> int:
+        """What kernels get as the number of queries or keys: packed, of all sequences."""
+        return x.shape[2]
+
+    def strides(self, x: Tensor) -> tuple[int, int, int]:
+        return 0 if self.varlen else x.stride(0), x.stride(1), x.stride(2)
+
+    def parts(self, *dims: str) -> int:
+        """Programs that share a block: one per chunk of the outputs' last dimension."""
+        of = {"DIM": "BLOCK_D", "DIM_V": "BLOCK_DV"}
+        return max(triton.cdiv(max(self.constants[d], 1), self.constants[of[d]]) for d in dims)
