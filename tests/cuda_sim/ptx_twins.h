@@ -97,4 +97,11 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   twin::mma(d, a, b, false);
 }
 
+inline uint32_t pack(float low, float high, __nv_bfloat16) {
+  return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
+}
+inline uint32_t pack(float low, float high, __half) {
+  return __float2half(low).bits | static_cast<uint32_t>(__float2half(high).bits) << 16;
+}
+
 }  // namespace llmops::cuda
