@@ -44,6 +44,33 @@ struct SharedTile {
   }
 };
 
+// The tile from those rows of global memory for which there(row) holds, zeros elsewhere, as
+// load_tile.
+template <int kThreads, class Tile, class There>
+__device__ __forceinline__ void load_tile_where(const Tile& tile, const typename Tile::T* from,
+                                                int64_t stride, const There& there, int columns,
+                                                bool wide, int thread) {
+  using T = typename Tile::T;
+  constexpr int kAll = Tile::kRows * Tile::kChunks;
+  if (wide) {
+#pragma unroll
+    for (int first = 0; first < kAll; first += kThreads) {
+      const int i = first + thread, row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+      if (kAll % kThreads != 0 && i >= kAll) continue;
+      cp_async_16(tile.at(row, chunk), from + row * stride + chunk * 8,
+                  there(row) && chunk * 8 < columns);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread; i < Tile::kElements; i += kThreads) {
+      const int row = i / Tile::kColumns, column = i % Tile::kColumns;
+      T value = from_bits<T>(0);
+      if (there(row) && column < columns) value = load(from + row * stride + column);
+      tile.element(row, column) = value;
+    }
+  }
+}
+
 // The tile from rows of global memory, `stride` elements apart, by kThreads threads of which this
 // is `thread`: `rows` of them and `columns` of each, zeros beyond; nothing beyond is read. With
 // `wide`, where columns and stride are multiples of 8 and `from` is aligned to 16 bytes, by
@@ -53,25 +80,8 @@ template <int kThreads, class Tile>
 __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile::T* from,
                                           int64_t stride, int64_t rows, int columns, bool wide,
                                           int thread) {
-  using T = typename Tile::T;
-  constexpr int kAll = Tile::kRows * Tile::kChunks;
-  if (wide) {
-#pragma unroll
-    for (int first = 0; first < kAll; first += kThreads) {
-      const int i = first + thread, row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-      if (kAll % kThreads != 0 && i >= kAll) continue;
-      cp_async_16(tile.at(row, chunk), from + row * stride + chunk * 8,
-                  row < rows && chunk * 8 < columns);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = thread; i < Tile::kElements; i += kThreads) {
-      const int row = i / Tile::kColumns, column = i % Tile::kColumns;
-      T value = from_bits<T>(0);
-      if (row < rows && column < columns) value = load(from + row * stride + column);
-      tile.element(row, column) = value;
-    }
-  }
+  const auto there = [&](int row) { return row < rows; };
+  load_tile_where<kThreads>(tile, from, stride, there, columns, wide, thread);
 }
 
 // ---- fragments out of shared memory, by a whole warp. `row` is a multiple of 8 and `column` of

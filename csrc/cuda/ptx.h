@@ -32,6 +32,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "r"(shared_address(shared)), "l"(global), "r"(there ? 16 : 0)
                : "memory");
 }
+// The same of 4 bytes, by way of L1.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool there = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(global), "r"(there ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

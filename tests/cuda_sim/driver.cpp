@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "attention_bwd.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "rope.h"
@@ -209,6 +210,58 @@ void cross_entropy() {
   }
 }
 
+// q [heads, queries, dim] and k, v [heads / 2, keys, dim] of one batch item; not finite nowhere,
+// and lse as a forward would not leave it: what comes out is only to be the same in every run.
+void attention_bwd(int64_t queries, int64_t keys, int64_t dim, bool modified) {
+  const cuda_sim::Session session;
+  Call call(named("attention_bwd", dim) + (modified ? "-modified" : ""));
+  const int64_t heads = 2;
+  AttentionBackward b{};
+  Attention& p = b.of;
+  p.type = kBf16, p.scale = 0.2f, p.left = -1, p.right = modified ? -1 : 0;
+  p.batch = 1, p.heads = heads, p.kv_heads = 1, p.queries = queries, p.keys = keys;
+  p.dim = p.dim_v = dim;
+  const auto set = [&](const void** data, int64_t (&stride)[3], int64_t h, int64_t tokens) {
+    *data = call.rows(h * tokens, dim, kBf16).data;
+    stride[0] = h * tokens * dim, stride[1] = tokens * dim, stride[2] = dim;
+  };
+  set(&p.q, p.q_stride, heads, queries);
+  set(&p.k, p.k_stride, 1, keys);
+  set(&p.v, p.v_stride, 1, keys);
+  set(&b.grad_out, b.grad_out_stride, heads, queries);
+  const void* out;
+  set(&out, p.out_stride, heads, queries);
+  p.out = const_cast<void*>(out);
+  p.wide_q = p.wide_out = b.wide_grad = b.wide_k = b.wide_v = dim % 8 == 0;
+  const int64_t rows = heads * queries;
+  p.lse = call.floats(rows), b.grad_lse = call.floats(rows);
+  b.grad_lse_stride[1] = queries, b.grad_lse_stride[2] = 1;
+  b.row_lse = call.floats(rows), b.row_delta = call.floats(rows);
+  if (modified) {
+    b.row_norm = call.floats(rows), b.row_sink = call.floats(rows);
+    p.sinks = call.floats(heads), b.dsinks = call.floats(heads, true);
+    p.softcap = 2.0f;
+    p.mask = call.rows(queries, keys, kBf16);
+    p.mask_stride[2] = keys, p.mask_stride[3] = 1;
+    b.dmask_size[0] = b.dmask_size[1] = 1, b.dmask_size[2] = queries, b.dmask_size[3] = keys;
+    b.dmask = call.floats(queries * keys, true);
+  }
+  b.dq = call.written(rows * dim * 2);
+  b.dk = call.written(keys * dim * 2), b.dv = call.written(keys * dim * 2);
+  for (int d = 0; d < 3; ++d) {
+    b.dq_stride[d] = p.q_stride[d];
+    b.dk_stride[d] = p.k_stride[d], b.dv_stride[d] = p.v_stride[d];
+  }
+  llmops::cuda::attention_bwd(b, nullptr);
+}
+// Two tiles and more of either kind, those of one stage with D 256, those that are not wide.
+void attention_bwd() {
+  attention_bwd(140, 70, 16, false);
+  attention_bwd(70, 140, 20, false);
+  attention_bwd(70, 70, 136, false);
+  attention_bwd(70, 70, 16, true);
+}
+
 struct Named {
   const char* file;
   void (*run)();
@@ -216,6 +269,10 @@ struct Named {
 const Named kFiles[] = {{"softmax", softmax},
                         {"norm", norm},
                         {"activation", activation},
+                        {"attention_bwd", attention_bwd},
+                        {"attention_bwd_dkdv", attention_bwd},
+                        {"attention_bwd_dq", attention_bwd},
+                        {"attention_dmask", attention_bwd},
                         {"rope", rope},
                         {"cross_entropy", cross_entropy}};
 

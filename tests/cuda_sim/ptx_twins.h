@@ -11,7 +11,10 @@ inline float exp2_approx(float x) {
 }
 
 inline void cp_async_16(void* shared, const void* global, bool there = true) {
-  cuda_sim::copy_async(shared, there ? global : nullptr, "cp.async");
+  cuda_sim::copy_async(shared, there ? global : nullptr, 16, "cp.async");
+}
+inline void cp_async_4(void* shared, const void* global, bool there = true) {
+  cuda_sim::copy_async(shared, there ? global : nullptr, 4, "cp.async");
 }
 inline void cp_async_commit() { cuda_sim::copy_commit(); }
 template <int kLeft>
