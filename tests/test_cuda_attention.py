@@ -1,5 +1,5 @@
-"""The CUDA attention kernels in the simulator: every tile width, the ways a call is cut into blocks,
-and that limits decide what is read. Its kit runs with LLMOPS_CUDA_SIM=1, as every operator's."""
+"""The CUDA attention kernels in the simulator: every tile width, the ways a call is cut into
+blocks, and that limits decide what is read. The kit runs on them with LLMOPS_CUDA_SIM=1."""
 
 from __future__ import annotations
 
