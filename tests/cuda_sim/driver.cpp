@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "attention.h"
 #include "attention_bwd.h"
 #include "cross_entropy.h"
 #include "norm.h"
@@ -262,6 +263,44 @@ void attention_bwd() {
   attention_bwd(70, 70, 16, true);
 }
 
+// Causal, two heads that share keys and values.
+void attend(const char* name, int64_t queries, int64_t keys, int64_t dim, bool softcap) {
+  const cuda_sim::Session session;
+  Call call(named(name, keys));
+  Attention p{};
+  p.type = kBf16, p.scale = 0.3f, p.left = -1, p.right = 0;
+  p.batch = 1, p.heads = 2, p.kv_heads = 1, p.queries = queries, p.keys = keys;
+  p.dim = p.dim_v = dim;
+  p.softcap = softcap ? 1.5f : 0.0f;
+  const auto dense = [&](int64_t heads, int64_t tokens, int64_t* stride, bool output = false) {
+    stride[0] = heads * tokens * dim, stride[1] = tokens * dim, stride[2] = dim;
+    return call.rows(heads * tokens, dim, kBf16, output).data;
+  };
+  p.q = dense(2, queries, p.q_stride);
+  p.k = dense(1, keys, p.k_stride), p.v = dense(1, keys, p.v_stride);
+  p.out = dense(2, queries, p.out_stride, true);
+  p.lse = call.floats(2 * queries, true);
+  p.wide_q = p.wide_out = dim % 8 == 0;
+  p.wide_kv = p.wide_q && queries != 5;
+  plan_attention(p);
+  if (p.splits > 1) {
+    p.partial_out = call.floats(p.splits * 2 * queries * dim);
+    p.partial_lse = call.floats(p.splits * 2 * queries);
+  }
+  attention_fwd(p, nullptr);
+}
+void attention() {
+  attend("attention", 80, 140, 64, false);
+  attend("attention", 40, 100, 80, true);
+  attend("attention", 40, 70, 20, false);
+}
+void attention_decode() {
+  attend("attention_decode", 2, 150, 64, false);
+  attend("attention_decode", 5, 90, 40, true);
+  attend("attention_decode", 1, 600, 64, false);  // split
+  attend("attention_decode", 1, 90, 136, false);
+}
+
 struct Named {
   const char* file;
   void (*run)();
@@ -274,6 +313,8 @@ const Named kFiles[] = {{"softmax", softmax},
                         {"attention_bwd_dq", attention_bwd},
                         {"attention_dmask", attention_bwd},
                         {"rope", rope},
+                        {"attention", attention},
+                        {"attention_decode", attention_decode},
                         {"cross_entropy", cross_entropy}};
 
 }  // namespace
