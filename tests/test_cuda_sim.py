@@ -59,6 +59,25 @@ def test_cuda_sim_products_on_tensor_cores(sim: Any, dtype: torch.dtype, name: s
     torch.testing.assert_close(y.view(16, 8).double(), a @ b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["bf16 64", "bf16 96", "fp16 128", "fp16 64 narrow"])
+def test_cuda_sim_products_of_tiles(sim: Any, name: str) -> None:
+    """csrc/cuda/mma.h: tiles by cp.async, with fewer rows and columns than they hold, all forms of
+    fragments."""
+    dtype = torch.bfloat16 if "bf16" in name else torch.float16
+    size = int(name.split()[1])
+    torch.manual_seed(0)
+    for seed, rows in enumerate((32, 27, 8)):
+        sim.schedule(seed=seed)
+        values = torch.randn(2 * rows * (size - 8)).to(dtype)
+        numbers = 32 * 32 + size * size + 32 * size
+        y = call(sim, f"tiles {name}", values.view(torch.float32), torch.zeros(numbers), rows)
+        a, b = torch.zeros(2, 32, size, dtype=torch.float64)
+        a[:rows, :-8], b[:rows, :-8] = values.view(2, rows, size - 8).double()
+        wants = (a @ b.T, a.T @ b, a[:, :32] @ b)
+        for got, want in zip(y.split([w.numel() for w in wants]), wants, strict=True):
+            torch.testing.assert_close(got.view_as(want).double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cuda_sim_converts_as_torch_does(sim: Any, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()

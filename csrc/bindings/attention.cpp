@@ -2,9 +2,7 @@
 // checks and autograd; what is checked here keeps memory safe whoever calls.
 #include "attention.h"
 
-#include <algorithm>
-#include <cmath>
-
+#include "attention_checks.h"
 #include "attention_plan.h"
 #include "scratch.h"
 
@@ -14,66 +12,7 @@ namespace {
 using cpu::AttentionParams;
 using cpu::ScoreMask;
 
-constexpr const char* kName = "llmops.attention";
-
-// [B, H, T, D] with stride 1 in the last dimension; t itself, or a copy.
-Tensor heads_dense(const Tensor& t, const char* name) {
-  LLMOPS_CHECK(t.dim() == 4, kName, ": ", name, " must be [batch, heads, tokens, head_dim], got ",
-               t.dim(), " dimensions");
-  return last_dim_dense(t);
-}
-void read_strides(const Tensor& t, int64_t* stride) {
-  for (int64_t d = 0; d < 3; ++d) stride[d] = t.stride(d);
-}
-
-// A fresh [B, H, T, D] laid out as `like` is: [B, T, H, D] in memory where the heads of one token
-// lie together, so that a model's transpose back costs nothing. The fake kernels say the same.
-Tensor new_heads(const Tensor& like, int64_t dim, ScalarType type) {
-  const int64_t b = like.size(0), h = like.size(1), t = like.size(2);
-  if (like.stride(1) >= like.stride(2)) return new_output(like, {b, h, t, dim}, type);
-  const Tensor fresh = new_output(like, {b, t, h, dim}, type);
-  const int64_t sizes[] = {b, h, t, dim};
-  const int64_t strides[] = {fresh.stride(0), fresh.stride(2), fresh.stride(1), 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(fresh.get(), 4, sizes, strides, 0, &handle));
-  return Tensor(handle);
-}
-
-void read_modifiers(const AttentionModifiers& m, bool causal, AttentionParams& p) {
-  // Bounds as wide as all there is are none; this also keeps sums with them far from overflow.
-  const int64_t all = p.queries + p.keys;
-  p.left = m.window_left < all ? std::max<int64_t>(m.window_left, -1) : -1;
-  p.right = m.window_right < all ? std::max<int64_t>(m.window_right, -1) : -1;
-  if (causal) p.right = 0;
-  p.softcap = static_cast<float>(m.softcap);
-  if (m.alibi_slopes.has_value()) {
-    const Tensor& t = *m.alibi_slopes;
-    const int64_t dims = t.dim();
-    LLMOPS_CHECK(t.scalar_type() == ScalarType::Float && (dims == 1 || dims == 2) &&
-                     t.size(dims - 1) == p.heads && (dims == 1 || t.size(0) == p.batch),
-                 kName, ": alibi_slopes must be float32 [Hq] or [B, Hq]");
-    p.slopes = static_cast<const float*>(t.data_ptr());
-    p.slope_stride[0] = dims == 2 ? t.stride(0) : 0;
-    p.slope_stride[1] = t.stride(dims - 1);
-  }
-  if (m.sinks.has_value()) {
-    LLMOPS_CHECK(m.sinks->scalar_type() == ScalarType::Float && m.sinks->dim() == 1 &&
-                     m.sinks->size(0) == p.heads && m.sinks->is_contiguous(),
-                 kName, ": sinks must be float32 [Hq], contiguous");
-    p.sinks = static_cast<const float*>(m.sinks->data_ptr());
-  }
-  if (m.dropout_p == 0.0) return;
-  LLMOPS_CHECK(m.dropout_p > 0.0 && m.dropout_p <= 1.0, kName,
-               ": dropout_p must be in [0, 1], got ", m.dropout_p);
-  LLMOPS_CHECK(
-      m.seed.has_value() && m.seed->scalar_type() == ScalarType::Long && m.seed->numel() == 1,
-      kName, ": dropout needs a seed, one int64");
-  p.dropout.active = true;
-  p.dropout.below = static_cast<uint32_t>(std::min(std::round(m.dropout_p * 0x1p32), 0x1p32 - 1));
-  p.dropout.scale = m.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - m.dropout_p)) : 0.0f;
-  p.dropout.seed = *static_cast<const uint64_t*>(m.seed->data_ptr());
-}
+constexpr const char* kName = kAttentionName;
 
 // Everything but the outputs. q, k, v have a dense last dimension.
 AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -81,22 +20,8 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
                             const AttentionModifiers& modifiers, UnequalSequences* unequal) {
   AttentionParams p{};
   p.type = kernel_dtype(q.scalar_type(), kName);
-  LLMOPS_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kName,
-               ": q, k and v must have one dtype");
-  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.dim = q.size(3);
-  p.kv_heads = k.size(1), p.keys = k.size(2), p.dim_v = v.size(3);
-  const bool paged = unequal && unequal->page > 0;
-  LLMOPS_CHECK((paged || k.size(0) == p.batch) && v.size(0) == k.size(0) &&
-                   v.size(1) == p.kv_heads && v.size(2) == p.keys && k.size(3) == p.dim,
-               kName,
-               ": k and v must be [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv] for q [B, Hq, Tq, D]");
-  LLMOPS_CHECK(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, kName, ": ", p.heads,
-               " query heads are no multiple of ", p.kv_heads, " key/value heads");
-  p.scale = static_cast<float>(scale);
+  read_heads(q, k, v, scale, unequal && unequal->page > 0, p);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
-  read_strides(q, p.q_stride);
-  read_strides(k, p.k_stride);
-  read_strides(v, p.v_stride);
   p.lse_stride[0] = p.heads * p.queries, p.lse_stride[1] = p.queries;
   if (unequal) {
     p.batch = static_cast<int64_t>(unequal->sequences.size());
@@ -110,19 +35,16 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
     if (unequal->packed) p.q_stride[0] = p.k_stride[0] = p.v_stride[0] = p.lse_stride[0] = 0;
   }
   read_modifiers(modifiers, causal, p);
+  if (modifiers.alibi_slopes.has_value())
+    p.slopes = static_cast<const float*>(modifiers.alibi_slopes->data_ptr());
+  if (modifiers.sinks.has_value()) p.sinks = static_cast<const float*>(modifiers.sinks->data_ptr());
+  if (p.dropout.active) p.dropout.seed = *static_cast<const uint64_t*>(modifiers.seed->data_ptr());
   if (mask.has_value()) {
     const bool boolean = mask->scalar_type() == ScalarType::Bool;
     p.mask_kind = boolean ? ScoreMask::boolean : ScoreMask::additive;
     if (!boolean) p.mask_type = kernel_dtype(mask->scalar_type(), "llmops.attention: mask");
     p.mask = mask->data_ptr();
-    const int64_t full[] = {p.batch, p.heads, p.queries, p.keys}, shift = 4 - mask->dim();
-    LLMOPS_CHECK(shift >= 0, kName, ": mask has more than 4 dimensions");
-    for (int64_t d = shift; d < 4; ++d) {
-      const int64_t size = mask->size(d - shift);
-      LLMOPS_CHECK(size == full[d] || size == 1, kName, ": mask size ", size, " in dimension ",
-                   d - shift, " does not broadcast to ", full[d]);
-      p.mask_stride[d] = size == 1 ? 0 : mask->stride(d - shift);
-    }
+    read_mask(*mask, p);
   }
   return p;
 }

@@ -2,21 +2,10 @@
 #pragma once
 #include <tuple>
 
-#include "common.h"
+#include "attention_checks.h"
 #include "cpu/attention.h"
 
 namespace llmops {
-
-// What happens to the scores, as it comes through the schema. A window bound of -1, a soft cap of 0
-// and a dropout of 0 are none.
-struct AttentionModifiers {
-  int64_t window_left, window_right;
-  const std::optional<Tensor>& alibi_slopes;  // [Hq] or [B, Hq], float32
-  double softcap;
-  const std::optional<Tensor>& sinks;  // [Hq], float32, contiguous
-  double dropout_p;
-  const std::optional<Tensor>& seed;  // [1], int64
-};
 
 // Sequences of unequal lengths: the first five members of each are the caller's, checked to lie in
 // the tensors; the plans and the tasks are made here.

@@ -91,6 +91,14 @@ inline int processors() {
   return count;
 }
 
+// Lets a kernel have so much dynamic shared memory; an error code. Above 48 KiB CUDA wants it said.
+template <class Kernel>
+int allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 48 << 10) return 0;
+  return static_cast<int>(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
 }

@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES: dict[str, str] = {
     "add_layer_norm": "forward, backward",
     "add_rms_norm": "forward, backward",
+    "attention": "forward, backward",
     "cross_entropy": "forward, backward",
     "geglu": "forward, backward",
     "gelu": "forward, backward",
@@ -32,6 +33,8 @@ PASSES: dict[str, str] = {
 _RAW = {
     "add_layer_norm": "add_layer_norm_fwd",
     "add_rms_norm": "add_rms_norm_fwd",
+    "attention": "attention_fwd",
+    "attention_bwd": "attention_bwd",
     "cross_entropy": "cross_entropy_fwd",
     "cross_entropy_bwd": "cross_entropy_bwd",
     "cross_entropy_bwd_": "cross_entropy_bwd_",
@@ -53,8 +56,12 @@ _RAW = {
 }
 # What an op has no kernel for, as its front door names it in Call.features.
 _MISSING: dict[str, tuple[str, ...]] = {
+    "attention": ("head_dim above 256", "gradient of alibi_slopes"),
     "cross_entropy": ("probability targets",),
 }
+
+# What computes on the tensor cores, in fp32 sums: 16-bit inputs.
+_SHORT = ("attention", "attention_bwd")
 
 _raw: Any = torch.ops.llmops_cuda
 # The kernels compiled for the simulator of tests/cuda_sim, which runs them on CPU tensors.
@@ -101,6 +108,8 @@ def serves(call: Call) -> str | None:
         return f"it computes float32, bfloat16 and float16, and this is {call.dtype}"
     if call.op not in _RAW:
         return f"it has no {call.op} yet"
+    if call.op in _SHORT and call.dtype == torch.float32:
+        return f"its {call.op} computes bfloat16 and float16, and this is {call.dtype}"
     for feature in _MISSING.get(call.op, ()):
         if feature in call.features:
             return f"its {call.op} has no {feature}"

@@ -114,6 +114,8 @@ def attention(
         features = ("mask",)
     if causal:
         features += ("causal",)
+    if q.shape[3] > 256 or v.shape[3] > 256:
+        features += ("head_dim above 256",)
     modifiers = PLAIN
     if modified:
         modifiers, extra = checked_modifiers(

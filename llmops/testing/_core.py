@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmops.backends import get
+from llmops.dispatch import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +62,17 @@ class Sample:
     def __str__(self) -> str:
         return self.id
 
+    def without_gradients(self) -> Sample:
+        """The same call of tensors that ask for none."""
+        if "without gradients" not in self.memo:
+            plain = lambda v: v.detach() if isinstance(v, Tensor) else v  # noqa: E731
+            kwargs = {name: plain(v) for name, v in self.kwargs.items()}
+            self.memo["without gradients"] = Sample(
+                self.id, tuple(map(plain, self.args)), kwargs, self.row_dim
+            )
+        found: Sample = self.memo["without gradients"]
+        return found
+
 
 @dataclass(frozen=True)
 class OpSpec:
@@ -109,6 +121,19 @@ class Target:
         """Triton's interpreter, CUDA's simulator: one launch at a time, milliseconds a program."""
         return self.backend in ("triton", "cuda") and self.device == "cpu"
 
+    def serves(self, op: str, dtype: torch.dtype) -> bool:
+        """Whether the backend has the plain form of an operator in this dtype."""
+        served: str | None = get(self.backend).serves(Call(op, self.device, dtype))
+        return served is None
+
+    def forward_only(self, op: str) -> bool:
+        """Whether the backend lacks the backward that the operator has."""
+        own = get(self.backend).PASSES.get(op, "")
+        return "backward" in get("cpu").PASSES.get(op, "") and "backward" not in own
+
+    def whole(self, op: str) -> bool:
+        return not self.forward_only(op) and all(self.serves(op, d) for d in DTYPES)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         if self.isa is None:
@@ -124,10 +149,11 @@ class Target:
             _extension.select_isa(before)
 
 
-def targets(op: str | None = None) -> list[Target]:
+def targets(op: str | None = None, *, partial: bool = False) -> list[Target]:
     """Every backend usable here, the CPU kernels once per instruction set of this machine.
 
-    Of an operator of llmops, the backends that have it.
+    Of an operator of llmops, the backends that have it, in every dtype and direction; with
+    `partial`, also those that lack some.
 
     Raises ImportError where the compiled extension is missing: its tests must fail, not vanish.
     """
@@ -149,7 +175,8 @@ def targets(op: str | None = None) -> list[Target]:
         ]
     if op not in get("cpu").PASSES:
         return found
-    return [t for t in found if op in get(t.backend).PASSES]
+    assert op is not None
+    return [t for t in found if op in get(t.backend).PASSES and (partial or t.whole(op))]
 
 
 # ---- calling and comparing -----------------------------------------------------------------------

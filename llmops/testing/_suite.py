@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmops.backends import get
+from llmops.dispatch import explain
 from llmops.testing._checks import CHECKS
 from llmops.testing._core import DTYPES, Make, OpSpec, Sample, Target, targets
 
@@ -46,6 +48,9 @@ REACH = {
 # one thread and several give the same bits.
 THREADED = ("bitwise_repeatable", "from_threads", "after_fork")
 
+# Checks of gradients and of nothing else.
+GRADIENTS = ("gradients", "double_backward", "func_grad", "forward_mode_refused")
+
 
 class Case(NamedTuple):
     check: str
@@ -60,12 +65,35 @@ class Case(NamedTuple):
     def run(self, spec: OpSpec) -> None:
         """Raises AssertionError where the property does not hold."""
         threads = torch.get_num_threads()
+        reason = self.refusal(spec)
+        if reason is not None:
+            self.refused(spec, reason)
+            return
         if self.check not in THREADED:
             torch.set_num_threads(1)
         try:
-            CHECKS[self.check](spec, self.sample, self.target)
+            plain = self.target.forward_only(spec.name)
+            sample = self.sample.without_gradients() if plain else self.sample
+            CHECKS[self.check](spec, sample, self.target)
         finally:
             torch.set_num_threads(threads)
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Why a backend that runs where others serve all there is does not serve the sample."""
+        if self.target.whole(spec.name) or spec.name not in get("cpu").PASSES:
+            return None
+        asked = explain(spec.fn, *self.sample.args, **self.sample.kwargs).call
+        asked = asked._replace(device=self.target.device)
+        reason: str | None = get(self.target.backend).serves(asked)
+        return reason
+
+    def refused(self, spec: OpSpec, reason: str) -> None:
+        """What a backend says it does not serve, it refuses."""
+        try:
+            spec.fn(*self.sample.args, **self.sample.kwargs, backend=self.target.backend)
+        except NotImplementedError:
+            return
+        raise AssertionError(f"{spec.name}: served, though {self.target} says: {reason}")
 
 
 def checks_of(spec: OpSpec) -> list[str]:
@@ -86,11 +114,15 @@ def cases(spec: OpSpec) -> Iterator[Case]:
     """Every case of every check, in the order of CHECKS."""
     # Made once and shared by all checks and targets; no check changes them.
     made: dict[tuple[str, torch.dtype], list[Sample]] = {}
-    found = targets(spec.name)
+    found = targets(spec.name, partial=True)
     for name in checks_of(spec):
         reach = REACH.get(name)
         for target in found if reach is None or reach.every_target else found[-1:]:
+            if name in GRADIENTS and target.forward_only(spec.name):
+                continue
             for dtype in DTYPES if reach is None else reach.dtypes:
+                if spec.name in get("cpu").PASSES and not target.serves(spec.name, dtype):
+                    continue
                 key = (target.device, dtype)
                 if key not in made:
                     made[key] = list(spec.samples(Make(dtype, target.device)))

@@ -156,7 +156,8 @@ def cell(op: str, backend: str) -> str:
     """What the backend serves of the operator, as the table has it."""
     module = get(backend)
     tags = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    dtypes = [tags[d] for d in DTYPES if refusal(op, calls(op, d)[""], backend) is None]
+    served = [d for d in DTYPES if refusal(op, calls(op, d)[""], backend) is None]
+    dtypes = [tags[d] for d in served]
     if backend == "reference":
         passes = get("cpu").PASSES.get(op, "forward, backward")
         dtypes.append("fp64")
@@ -164,7 +165,8 @@ def cell(op: str, backend: str) -> str:
         passes = module.PASSES.get(op)
     if not passes or not dtypes:
         return "–"
-    lacking = [a for a, s in calls(op).items() if a and refusal(op, s, backend) is not None]
+    asked = calls(op, served[0] if served else DTYPES[0])
+    lacking = [a for a, s in asked.items() if a and refusal(op, s, backend) is not None]
     text = f"{passes}: {', '.join(dtypes)}"
     return text + (f"; not {', '.join(f'`{a}`' for a in lacking)}" if lacking else "")
 

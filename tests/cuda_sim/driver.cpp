@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "activation.h"
+#include "attention.h"
+#include "attention_bwd.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "rope.h"
@@ -209,6 +211,96 @@ void cross_entropy() {
   }
 }
 
+// q [heads, queries, dim] and k, v [heads / 2, keys, dim] of one batch item; not finite nowhere,
+// and lse as a forward would not leave it: what comes out is only to be the same in every run.
+void attention_bwd(int64_t queries, int64_t keys, int64_t dim, bool modified) {
+  const cuda_sim::Session session;
+  Call call(named("attention_bwd", dim) + (modified ? "-modified" : ""));
+  const int64_t heads = 2;
+  AttentionBackward b{};
+  Attention& p = b.of;
+  p.type = kBf16, p.scale = 0.2f, p.left = -1, p.right = modified ? -1 : 0;
+  p.batch = 1, p.heads = heads, p.kv_heads = 1, p.queries = queries, p.keys = keys;
+  p.dim = p.dim_v = dim;
+  const auto set = [&](const void** data, int64_t (&stride)[3], int64_t h, int64_t tokens) {
+    *data = call.rows(h * tokens, dim, kBf16).data;
+    stride[0] = h * tokens * dim, stride[1] = tokens * dim, stride[2] = dim;
+  };
+  set(&p.q, p.q_stride, heads, queries);
+  set(&p.k, p.k_stride, 1, keys);
+  set(&p.v, p.v_stride, 1, keys);
+  set(&b.grad_out, b.grad_out_stride, heads, queries);
+  const void* out;
+  set(&out, p.out_stride, heads, queries);
+  p.out = const_cast<void*>(out);
+  p.wide_q = p.wide_out = b.wide_grad = b.wide_k = b.wide_v = dim % 8 == 0;
+  const int64_t rows = heads * queries;
+  p.lse = call.floats(rows), b.grad_lse = call.floats(rows);
+  b.grad_lse_stride[1] = queries, b.grad_lse_stride[2] = 1;
+  b.row_lse = call.floats(rows), b.row_delta = call.floats(rows);
+  if (modified) {
+    b.row_norm = call.floats(rows), b.row_sink = call.floats(rows);
+    p.sinks = call.floats(heads), b.dsinks = call.floats(heads, true);
+    p.softcap = 2.0f;
+    p.mask = call.rows(queries, keys, kBf16);
+    p.mask_stride[2] = keys, p.mask_stride[3] = 1;
+    b.dmask_size[0] = b.dmask_size[1] = 1, b.dmask_size[2] = queries, b.dmask_size[3] = keys;
+    b.dmask = call.floats(queries * keys, true);
+  }
+  b.dq = call.written(rows * dim * 2);
+  b.dk = call.written(keys * dim * 2), b.dv = call.written(keys * dim * 2);
+  for (int d = 0; d < 3; ++d) {
+    b.dq_stride[d] = p.q_stride[d];
+    b.dk_stride[d] = p.k_stride[d], b.dv_stride[d] = p.v_stride[d];
+  }
+  llmops::cuda::attention_bwd(b, nullptr);
+}
+// Two tiles and more of either kind, those of one stage with D 256, those that are not wide.
+void attention_bwd() {
+  attention_bwd(140, 70, 16, false);
+  attention_bwd(70, 140, 20, false);
+  attention_bwd(70, 70, 136, false);
+  attention_bwd(70, 70, 16, true);
+}
+
+// Causal, two heads that share keys and values.
+void attend(const char* name, int64_t queries, int64_t keys, int64_t dim, bool softcap) {
+  const cuda_sim::Session session;
+  Call call(named(name, keys));
+  Attention p{};
+  p.type = kBf16, p.scale = 0.3f, p.left = -1, p.right = 0;
+  p.batch = 1, p.heads = 2, p.kv_heads = 1, p.queries = queries, p.keys = keys;
+  p.dim = p.dim_v = dim;
+  p.softcap = softcap ? 1.5f : 0.0f;
+  const auto dense = [&](int64_t heads, int64_t tokens, int64_t* stride, bool output = false) {
+    stride[0] = heads * tokens * dim, stride[1] = tokens * dim, stride[2] = dim;
+    return call.rows(heads * tokens, dim, kBf16, output).data;
+  };
+  p.q = dense(2, queries, p.q_stride);
+  p.k = dense(1, keys, p.k_stride), p.v = dense(1, keys, p.v_stride);
+  p.out = dense(2, queries, p.out_stride, true);
+  p.lse = call.floats(2 * queries, true);
+  p.wide_q = p.wide_out = dim % 8 == 0;
+  p.wide_kv = p.wide_q && queries != 5;
+  plan_attention(p);
+  if (p.splits > 1) {
+    p.partial_out = call.floats(p.splits * 2 * queries * dim);
+    p.partial_lse = call.floats(p.splits * 2 * queries);
+  }
+  attention_fwd(p, nullptr);
+}
+void attention() {
+  attend("attention", 80, 140, 64, false);
+  attend("attention", 40, 100, 80, true);
+  attend("attention", 40, 70, 20, false);
+}
+void attention_decode() {
+  attend("attention_decode", 2, 150, 64, false);
+  attend("attention_decode", 5, 90, 40, true);
+  attend("attention_decode", 1, 600, 64, false);  // split
+  attend("attention_decode", 1, 90, 136, false);
+}
+
 struct Named {
   const char* file;
   void (*run)();
@@ -216,7 +308,13 @@ struct Named {
 const Named kFiles[] = {{"softmax", softmax},
                         {"norm", norm},
                         {"activation", activation},
+                        {"attention_bwd", attention_bwd},
+                        {"attention_bwd_dkdv", attention_bwd},
+                        {"attention_bwd_dq", attention_bwd},
+                        {"attention_dmask", attention_bwd},
                         {"rope", rope},
+                        {"attention", attention},
+                        {"attention_decode", attention_decode},
                         {"cross_entropy", cross_entropy}};
 
 }  // namespace

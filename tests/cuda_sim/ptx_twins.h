@@ -11,7 +11,10 @@ inline float exp2_approx(float x) {
 }
 
 inline void cp_async_16(void* shared, const void* global, bool there = true) {
-  cuda_sim::copy_async(shared, there ? global : nullptr, "cp.async");
+  cuda_sim::copy_async(shared, there ? global : nullptr, 16, "cp.async");
+}
+inline void cp_async_4(void* shared, const void* global, bool there = true) {
+  cuda_sim::copy_async(shared, there ? global : nullptr, 4, "cp.async");
 }
 inline void cp_async_commit() { cuda_sim::copy_commit(); }
 template <int kLeft>
@@ -59,23 +62,21 @@ inline float widened(uint32_t pair, int half, bool bf16) {
 inline void mma(float* d, const uint32_t* a, const uint32_t* b, bool bf16) {
   cuda_sim::Hidden hidden;
   struct Given {
-    uint32_t a[4], b[2];
+    float a[8], b[4];
   } own;
-  std::memcpy(own.a, a, sizeof own.a);
-  std::memcpy(own.b, b, sizeof own.b);
+  for (int i = 0; i < 8; ++i) own.a[i] = widened(a[i / 2], i % 2, bf16);
+  for (int i = 0; i < 4; ++i) own.b[i] = widened(b[i / 2], i % 2, bf16);
   const cuda_sim::Round* round =
       cuda_sim::meet("mma.sync", "mma.sync", 0xffffffffu, &own, sizeof own);
-  const auto* all = reinterpret_cast<const unsigned char (*)[cuda_sim::kSlot]>(round->given);
   const int lane = cuda_sim::current->lane;
+  const auto given = [&](int from) { return reinterpret_cast<const Given*>(round->given[from]); };
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
     double sum = 0.0;
     for (int k = 0; k < 16; ++k) {
-      Given x, y;
-      std::memcpy(&x, all[row % 8 * 4 + k % 8 / 2], sizeof x);
-      std::memcpy(&y, all[column * 4 + k % 8 / 2], sizeof y);
-      sum += static_cast<double>(widened(x.a[row / 8 + 2 * (k / 8)], k % 2, bf16)) *
-             widened(y.b[k / 8], k % 2, bf16);
+      const float x = given(row % 8 * 4 + k % 8 / 2)->a[row / 8 * 2 + k / 8 * 4 + k % 2];
+      const float y = given(column * 4 + k % 8 / 2)->b[k / 8 * 2 + k % 2];
+      sum += static_cast<double>(x) * y;
     }
     d[i] = static_cast<float>(d[i] + sum);
   }
@@ -95,6 +96,13 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 }
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   twin::mma(d, a, b, false);
+}
+
+inline uint32_t pack(float low, float high, __nv_bfloat16) {
+  return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
+}
+inline uint32_t pack(float low, float high, __half) {
+  return __float2half(low).bits | static_cast<uint32_t>(__float2half(high).bits) << 16;
 }
 
 }  // namespace llmops::cuda

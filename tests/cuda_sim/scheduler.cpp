@@ -479,20 +479,26 @@ void check_global(const void* address, size_t bytes, const char* what) {
        nearest->end - nearest->begin);
 }
 
-void copy_async(void* to, const void* from, const char* where) {
+static void land(const Copy& copy) {
+  if (copy.from) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  } else {
+    std::memset(copy.to, 0, copy.bytes);
+  }
+}
+
+void copy_async(void* to, const void* from, size_t bytes, const char* where) {
   Hidden hidden;
   Machine& m = machine();
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(where, "misaligned: cp.async of 16 bytes");
-  if (from) check_global(from, 16, where);
-  current->copies.push_back({to, from, -1});
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0)
+    fail(where, "misaligned: cp.async of %zu bytes", bytes);
+  if (from) check_global(from, bytes, where);
+  const Copy copy{to, from, bytes, -1};
+  current->copies.push_back(copy);
   if (m.schedule.order != 2 || m.random() % 2) return;
   // This one lands at once; it stays on the list, for it must be waited for all the same.
   LLMOPS_TSAN(return;)
-  if (from) {
-    std::memcpy(to, from, 16);
-  } else {
-    std::memset(to, 0, 16);
-  }
+  land(copy);
 }
 
 void copy_commit() {
@@ -516,13 +522,7 @@ void copy_wait(int groups_left) {
     landing.assign(kept, t->copies.end());
     t->copies.erase(kept, t->copies.end());
   }
-  for (const Copy& c : landing) {
-    if (c.from) {
-      std::memcpy(c.to, c.from, 16);
-    } else {
-      std::memset(c.to, 0, 16);
-    }
-  }
+  for (const Copy& c : landing) land(c);
   Hidden hidden;
   std::vector<Copy>().swap(landing);
 }

@@ -36,7 +36,8 @@ struct Round {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
-  int group;         // -1 until committed
+  size_t bytes;
+  int group;  // -1 until committed
 };
 
 enum class State : unsigned char { ready, at_barrier, in_collective, exited };
@@ -76,7 +77,7 @@ void* shared(const void* site, size_t bytes, const char* where);
 void* dynamic_shared(const char* where);
 // Every access to global memory through csrc/cuda/device.h comes by here.
 void check_global(const void* address, size_t bytes, const char* what);
-void copy_async(void* to, const void* from, const char* where);
+void copy_async(void* to, const void* from, size_t bytes, const char* where);
 void copy_commit();
 void copy_wait(int groups_left);
 [[noreturn]] void fail(const char* where, const char* format, ...)

@@ -1,6 +1,7 @@
 // Kernels for tests/test_cuda_sim.py: right ones, and wrong ones that the simulator must tell.
 #include "selftest.h"
 
+#include "mma.h"
 #include "tile.h"
 
 namespace llmops::cuda {
@@ -117,7 +118,54 @@ __global__ void product_kernel(const T* a, const T* b, float* d) {
   for (int i = 0; i < 4; ++i) store(d + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, sum[i]);
 }
 
+// x and y [rows, columns], rows up to 32: x y^T [32, 32], x^T y [columns, columns] and, with the
+// first 32 columns of x, x y [32, columns], so that each fragment meets both forms of the other.
+template <class T, int kColumns>
+__global__ void tiles_kernel(const T* from, float* d, int rows, bool wide) {
+  using Tile = SharedTile<T, 32, kColumns>;
+  LLMOPS_DYNAMIC_SHARED(T, memory);
+  const Tile x{memory}, y{memory + Tile::kElements};
+  const int lane = lane_of_warp(), warp = threadIdx.x / 32, columns = kColumns - 8;
+  load_tile<64>(x, from, columns, rows, columns, wide, threadIdx.x);
+  load_tile<64>(y, from + rows * columns, columns, rows, columns, wide, threadIdx.x);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  // 16 rows and 16 columns of d by each warp in turn.
+  const auto product = [&](int m, int n, int inner, const auto& load_left, const auto& load_right) {
+    for (int at = warp; at < m * n / 256; at += 2) {
+      const int row = at / (n / 16) * 16, column = at % (n / 16) * 16;
+      float sum[2][4] = {};
+      for (int k = 0; k < inner; k += 16) {
+        uint32_t a[4], b[4];
+        load_left(a, row, k);
+        load_right(b, column, k);
+        mma_pair<T>(sum[0], sum[1], a, b);
+      }
+      for (int i = 0; i < 8; ++i)
+        store(d + (row + lane / 4 + i / 2 % 2 * 8) * n + column + i / 4 * 8 + lane % 4 * 2 + i % 2,
+              sum[i / 4][i % 4]);
+    }
+    d += m * n;
+  };
+  const auto left = [&](auto& a, int row, int k) { load_a(a, x, row, k); };
+  product(32, 32, kColumns, left, [&](auto& b, int n, int k) { load_b(b, y, n, k); });
+  const auto right = [&](auto& b, int n, int k) { load_b_transposed(b, y, k, n); };
+  product(
+      kColumns, kColumns, 32, [&](auto& a, int row, int k) { load_a_transposed(a, x, k, row); },
+      right);
+  product(32, kColumns, 32, left, right);
+}
+
 __global__ void atomic_kernel(float* y) { atomicAdd(y, 1.0f); }
+
+template <class T, int kColumns>
+void launch_tiles(const float* x, float* y, int rows, bool wide) {
+  void* stream = nullptr;
+  const auto* from = reinterpret_cast<const T*>(x);
+  LLMOPS_LAUNCH((tiles_kernel<T, kColumns>), 1, 64, 2 * 32 * kColumns * 2, stream, from, y, rows,
+                wide);
+}
 
 }  // namespace
 
@@ -159,6 +207,14 @@ bool selftest(const std::string& name, const float* x, float* y, int n) {
   } else if (name == "product fp16") {
     const auto* a = reinterpret_cast<const __half*>(x);
     LLMOPS_LAUNCH(product_kernel<__half>, 1, 32, 0, stream, a, a + 256, y);
+  } else if (name == "tiles bf16 64") {
+    launch_tiles<__nv_bfloat16, 64>(x, y, n, true);
+  } else if (name == "tiles bf16 96") {
+    launch_tiles<__nv_bfloat16, 96>(x, y, n, true);
+  } else if (name == "tiles fp16 128") {
+    launch_tiles<__half, 128>(x, y, n, true);
+  } else if (name == "tiles fp16 64 narrow") {
+    launch_tiles<__half, 64>(x, y, n, false);
   } else if (name == "atomic") {
     LLMOPS_LAUNCH(atomic_kernel, 100, 256, 0, stream, y);
   } else if (name == "too many threads") {

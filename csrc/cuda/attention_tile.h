@@ -1,0 +1,421 @@
+// A warp's share of attention: which keys its rows see, their scores and what modifies them, and
+// the online softmax step from a tile of keys and one of values to the sums it holds in registers.
+//
+// A lane holds the scores of rows lane / 4 and lane / 4 + 8 of each 16 rows, of two neighbouring
+// keys in eight: rows are reduced over four lanes. Plain scores are the raw q . k, with the scale
+// in the exponent's factor; modified ones are natural logits, because an additive mask may hold
+// the lowest finite number, which times log2 e would be -inf.
+#pragma once
+
+#include "attention.h"
+#include "mma.h"
+#include "tile.h"
+
+namespace llmops::cuda {
+
+// Rows [first, last) of those of one (batch, kv head), and the keys that any of them sees.
+struct QueryBlock {
+  int batch, kv_head, first, last;
+  int begin, end;
+};
+
+__device__ __forceinline__ int clamped(int x, int low, int high) {
+  return x < low ? low : (x > high ? high : x);
+}
+// The query at `token` sees keys [key_start, key_limit).
+__device__ __forceinline__ int key_limit(const Attention& p, int token) {
+  const int keys = static_cast<int>(p.keys);
+  if (p.right < 0) return keys;
+  return clamped(token + keys - static_cast<int>(p.queries - p.right) + 1, 0, keys);
+}
+__device__ __forceinline__ int key_start(const Attention& p, int token) {
+  if (p.left < 0) return 0;
+  const int keys = static_cast<int>(p.keys);
+  return clamped(token + keys - static_cast<int>(p.queries + p.left), 0, keys);
+}
+
+// `block`, counted over (batch, kv head) and blocks of kRows rows, the last one of a head first:
+// under a causal limit it has the most keys.
+template <int kRows>
+__device__ __forceinline__ QueryBlock query_block(const Attention& p, unsigned block) {
+  const auto blocks = static_cast<unsigned>(p.blocks), kv_heads = static_cast<unsigned>(p.kv_heads);
+  const unsigned group = block / blocks;
+  const int index = static_cast<int>(blocks - 1 - block % blocks);
+  const int queries = static_cast<int>(p.queries);
+  QueryBlock b;
+  b.batch = static_cast<int>(group / kv_heads);
+  b.kv_head = static_cast<int>(group % kv_heads);
+  int low, high;  // tokens
+  if (p.packed) {
+    const int rows = queries * static_cast<int>(p.heads / p.kv_heads);
+    b.first = index * kRows;
+    b.last = min(b.first + kRows, rows);
+    low = b.first % queries, high = (b.last - 1) % queries;
+    if (b.last - b.first > high - low + 1) low = 0, high = queries - 1;
+  } else {
+    const int per_head = (queries + kRows - 1) / kRows, head = index / per_head;
+    low = index % per_head * kRows;
+    high = min(low + kRows, queries) - 1;
+    b.first = head * queries + low;
+    b.last = head * queries + high + 1;
+  }
+  b.begin = key_start(p, low);
+  b.end = key_limit(p, high);
+  return b;
+}
+
+// Head, of all of them, and token of a row.
+struct RowPlace {
+  int head, token;
+};
+__device__ __forceinline__ RowPlace row_place(const Attention& p, const QueryBlock& b, int row) {
+  const int head = static_cast<int>(divided(row, p.of_queries));
+  return {b.kv_head * static_cast<int>(p.heads / p.kv_heads) + head,
+          row - head * static_cast<int>(p.queries)};
+}
+__device__ __forceinline__ int64_t lse_place(const Attention& p, int batch, const RowPlace& at) {
+  return (batch * p.heads + at.head) * p.queries + at.token;
+}
+
+// The block's rows of q into a tile, zeros beyond the last one, as load_tile does it.
+template <int kThreads, class Tile>
+__device__ __forceinline__ void load_queries(const Tile& tile, const Attention& p,
+                                             const QueryBlock& b) {
+  using T = typename Tile::T;
+  const T* q = static_cast<const T*>(p.q) + b.batch * p.q_stride[0];
+  const int columns = static_cast<int>(p.dim);
+  constexpr int kPieces = Tile::kChunks;
+  for (int i = threadIdx.x; i < Tile::kRows * kPieces; i += kThreads) {
+    const int row = i / kPieces, chunk = i % kPieces;
+    const bool there = b.first + row < b.last;
+    const RowPlace at = row_place(p, b, there ? b.first + row : b.first);
+    const T* from = q + at.head * p.q_stride[1] + at.token * p.q_stride[2] + chunk * 8;
+    if (p.wide_q) {
+      cp_async_16(tile.at(row, chunk), from, there && chunk * 8 < columns);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < 8; ++j)
+        tile.at(row, chunk)[j] =
+            there && chunk * 8 + j < columns ? load(from + j) : from_bits<T>(0);
+    }
+  }
+}
+
+// tanh, to 2 ulp: a polynomial near 0, where the other form would cancel. Cephes.
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+  const float z = x * x, size = fabsf(x);
+  float near = fmaf(-5.70498872745e-3f, z, 2.06390887954e-2f);
+  near = fmaf(fmaf(near, z, -5.37397155531e-2f), z, 1.33314422036e-1f);
+  near = fmaf(fmaf(near, z, -3.33332819422e-1f) * z, x, x);
+  const float far = 1.0f - 2.0f / (exp2_approx(2.0f * kLog2e * size) + 1.0f);
+  return size < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+// Philox-4x32-10 of (key / 4, query, batch * Hq + head, 0), the seed its key: word key % 4 belongs
+// to the key, on every backend. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+__device__ __forceinline__ void philox(uint64_t seed, uint32_t (&c)[4]) {
+  auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c[0]) * 0xd2511f53u;
+    const uint64_t b = static_cast<uint64_t>(c[2]) * 0xcd9e8d57u;
+    c[0] = static_cast<uint32_t>(b >> 32) ^ c[1] ^ k0;
+    c[1] = static_cast<uint32_t>(b);
+    c[2] = static_cast<uint32_t>(a >> 32) ^ c[3] ^ k1;
+    c[3] = static_cast<uint32_t>(a);
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
+  }
+}
+
+// What the rows of a lane see and how they are modified.
+template <int kTiles, bool kModified>
+struct LaneRows {
+  int start[kTiles][2], limit[kTiles][2];  // keys [start, limit); none where there is no such row
+  // Of the warp's rows: keys that any sees, keys that every one does.
+  int begin, end, full_begin, full_end;
+  // Where modified:
+  int token[kTiles][2];
+  uint32_t plane[kTiles][2];  // batch * Hq + head
+  float slope[kTiles][2];
+  int64_t mask_at[kTiles][2];
+
+  // `row`: the warp's first, of the block.
+  __device__ __forceinline__ void set(const Attention& p, const QueryBlock& b, int row) {
+    begin = full_end = static_cast<int>(kAttentionTokens);
+    end = full_begin = 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int own = b.first + row + 16 * t + lane_of_warp() / 4 + 8 * h;
+        start[t][h] = limit[t][h] = 0;
+        if (kModified) token[t][h] = 0, plane[t][h] = 0, slope[t][h] = 0.0f, mask_at[t][h] = 0;
+        if (own >= b.last) continue;
+        const RowPlace at = row_place(p, b, own);
+        start[t][h] = key_start(p, at.token);
+        limit[t][h] = key_limit(p, at.token);
+        begin = min(begin, start[t][h]);
+        end = max(end, limit[t][h]);
+        full_begin = max(full_begin, start[t][h]);
+        full_end = min(full_end, limit[t][h]);
+        if (!kModified) continue;
+        token[t][h] = at.token;
+        plane[t][h] = static_cast<uint32_t>(b.batch * p.heads + at.head);
+        if (p.slopes)
+          slope[t][h] = load(p.slopes + b.batch * p.slope_stride[0] + at.head * p.slope_stride[1]);
+        mask_at[t][h] =
+            b.batch * p.mask_stride[0] + at.head * p.mask_stride[1] + at.token * p.mask_stride[2];
+      }
+    }
+    for (int distance = 4; distance < 32; distance *= 2) {
+      begin = min(begin, __shfl_xor_sync(kAllLanes, begin, distance));
+      end = max(end, __shfl_xor_sync(kAllLanes, end, distance));
+      full_begin = max(full_begin, __shfl_xor_sync(kAllLanes, full_begin, distance));
+      full_end = min(full_end, __shfl_xor_sync(kAllLanes, full_end, distance));
+    }
+  }
+  // No key from `limit_of_all` on counts.
+  __device__ __forceinline__ void clip(int limit_of_all) {
+    end = min(end, limit_of_all);
+    full_end = min(full_end, limit_of_all);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      limit[t][0] = min(limit[t][0], limit_of_all), limit[t][1] = min(limit[t][1], limit_of_all);
+  }
+};
+
+// A warp's 16 kTiles rows over tiles of keys, of which it takes kKeys at a time.
+template <class T, int kDim, int kTiles, int kKeys, bool kModified>
+struct Attend {
+  using Lane = LaneRows<kTiles, kModified>;
+  float out[kTiles][kDim / 8][4];
+  // Of what was seen: the largest score, and the sum of exponentials over this lane's keys.
+  float top[kTiles][2], total[kTiles][2];
+
+  __device__ static __forceinline__ float factor(const Attention& p) {
+    return kModified ? kLog2e : p.scale * kLog2e;
+  }
+
+  // `with_sink`: this is the warp that counts the sink, as a key of value 0.
+  __device__ __forceinline__ void clear(const Attention& p, const QueryBlock& b, int row,
+                                        bool with_sink) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[t][n][i] = 0.0f;
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[t][h] = -INFINITY, total[t][h] = 0.0f;
+        if (!kModified || !with_sink || !p.sinks) continue;
+        const int own = b.first + row + 16 * t + lane_of_warp() / 4 + 8 * h;
+        if (own < b.last) top[t][h] = load(p.sinks + row_place(p, b, own).head);
+        // One lane of the four that share the row has it in its sum.
+        if (top[t][h] != -INFINITY && lane_of_warp() % 4 == 0) total[t][h] = 1.0f;
+      }
+    }
+  }
+
+  // The keys from `key` on, which lie at row `at` of the tiles and on; q at row `q_row`.
+  template <class QTile, class KTile, class VTile>
+  __device__ __forceinline__ void step(const Attention& p, const Lane& rows, const QTile& q,
+                                       int q_row, const KTile& k, const VTile& v, int at, int key) {
+    if (key >= rows.end || key + kKeys <= rows.begin) return;
+    float s[kTiles][kKeys / 8][4] = {};
+#pragma unroll
+    for (int d = 0; d < kDim; d += 16) {
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) load_a(a[t], q, q_row + 16 * t, d);
+#pragma unroll
+      for (int n = 0; n < kKeys; n += 16) {
+        uint32_t b[4];
+        load_b(b, k, at + n, d);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) mma_pair<T>(s[t][n / 8], s[t][n / 8 + 1], a[t], b);
+      }
+    }
+    if constexpr (kModified) modify(p, rows, key, s);
+    if (key < rows.full_begin || key + kKeys > rows.full_end) cut(rows, key, s);
+    weigh(factor(p), s);
+    if constexpr (kModified) {
+      if (p.dropout.active) drop(p, rows, key, s);
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys; n += 16) {
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) a_of<T>(a[t], s[t][n / 8], s[t][n / 8 + 1]);
+#pragma unroll
+      for (int d = 0; d < kDim; d += 16) {
+        uint32_t b[4];
+        load_b_transposed(b, v, at + n, d);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) mma_pair<T>(out[t][d / 8], out[t][d / 8 + 1], a[t], b);
+      }
+    }
+  }
+
+  // f(t, h, n, i, key) of each score that the lane holds: rows (t, h), element i of fragment n.
+  template <class F>
+  __device__ static __forceinline__ void for_scores(int key, const F& f) {
+    const int first = key + lane_of_warp() % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) f(t, i / 2, n, i, first + 8 * n + i % 2);
+      }
+    }
+  }
+
+  // -inf where a row does not see the key.
+  __device__ static __forceinline__ void cut(const Lane& rows, int key,
+                                             float (&s)[kTiles][kKeys / 8][4]) {
+    for_scores(key, [&](int t, int h, int n, int i, int own) {
+      if (own < rows.start[t][h] || own >= rows.limit[t][h]) s[t][n][i] = -INFINITY;
+    });
+  }
+
+  // Products to natural logits. The modifiers are uniform branches: a kernel for each set of them
+  // would be compiled 64 times.
+  __device__ static __forceinline__ void modify(const Attention& p, const Lane& rows, int key,
+                                                float (&s)[kTiles][kKeys / 8][4]) {
+    const float scale = p.scale;
+    for_scores(key, [&](int t, int, int n, int i, int) { s[t][n][i] *= scale; });
+    if (p.softcap != 0.0f) {
+      const float cap = p.softcap, reciprocal = 1.0f / cap;
+      for_scores(key, [&](int t, int, int n, int i, int) {
+        s[t][n][i] = cap * hyperbolic_tangent(s[t][n][i] * reciprocal);
+      });
+    }
+    if (p.slopes) {
+      const int shift = static_cast<int>(p.keys - p.queries);
+      for_scores(key, [&](int t, int h, int n, int i, int own) {
+        const int distance = own - rows.token[t][h] - shift;
+        s[t][n][i] -= rows.slope[t][h] * static_cast<float>(distance < 0 ? -distance : distance);
+      });
+    }
+    if (p.mask.data) {
+      for_scores(key, [&](int t, int h, int n, int i, int own) {
+        if (own < rows.start[t][h] || own >= rows.limit[t][h]) return;
+        const float m = element(p.mask, rows.mask_at[t][h] + own * p.mask_stride[3]);
+        // Compared, not only added: a dropped key stays dropped where its score is inf or NaN.
+        if (p.mask.type == kBool ? m == 0.0f : m == -INFINITY) {
+          s[t][n][i] = -INFINITY;
+        } else if (p.mask.type != kBool) {
+          s[t][n][i] += m;
+        }
+      });
+    }
+  }
+
+  // Scores to weights relative to the largest so far; what was summed before is scaled to it.
+  __device__ __forceinline__ void weigh(float factor, float (&s)[kTiles][kKeys / 8][4]) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float next = s[t][0][2 * h];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+          next = fmaxf(next, fmaxf(s[t][n][2 * h], s[t][n][2 * h + 1]));
+        next = fmaxf(top[t][h], quad_max(next));
+        // Nothing seen yet: not -inf - -inf.
+        const float shift = next == -INFINITY ? 0.0f : next;
+        const float before = exponential(top[t][h], shift, factor);
+        top[t][h] = next;
+        total[t][h] *= before;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n)
+          out[t][n][2 * h] *= before, out[t][n][2 * h + 1] *= before;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int i = 2 * h; i < 2 * h + 2; ++i) {
+            s[t][n][i] = exponential(s[t][n][i], shift, factor);
+            total[t][h] += s[t][n][i];
+          }
+        }
+      }
+    }
+  }
+  // A logit of the lowest finite number is subtracted before it is multiplied.
+  __device__ static __forceinline__ float exponential(float s, float top, float factor) {
+    return exp2_approx(kModified ? (s - top) * factor : fmaf(s, factor, -top * factor));
+  }
+
+  // Dropped weights are zeros in the product with v; the sum has all of them.
+  __device__ static __forceinline__ void drop(const Attention& p, const Lane& rows, int key,
+                                              float (&s)[kTiles][kKeys / 8][4]) {
+    const uint64_t seed = load(p.dropout.seed);
+    uint32_t words[4] = {};
+    for_scores(key, [&](int t, int h, int n, int i, int own) {
+      if (i % 2 == 0 || own % 4 == 0) {  // else the words are those of the key before
+        words[0] = static_cast<uint32_t>(own) / 4;
+        words[1] = static_cast<uint32_t>(rows.token[t][h]);
+        words[2] = rows.plane[t][h];
+        words[3] = 0;
+        philox(seed, words);
+      }
+      const uint32_t low = own & 1 ? words[1] : words[0], high = own & 1 ? words[3] : words[2];
+      if ((own & 2 ? high : low) < p.dropout.below) s[t][n][i] = 0.0f;
+    });
+  }
+
+  // The largest logit of a row, natural.
+  __device__ __forceinline__ float top_logit(const Attention& p, int t, int h) const {
+    return kModified ? top[t][h] : top[t][h] * p.scale;
+  }
+  // A row's log-sum-exp, and what its values are multiplied by.
+  __device__ __forceinline__ void finish(const Attention& p, int t, int h, float& lse,
+                                         float& weight) const {
+    const float sum = quad_sum(total[t][h]);
+    weight = sum == 0.0f ? 0.0f : 1.0f / sum;
+    if (kModified && p.dropout.active) weight *= p.dropout.scale;
+    lse = sum == 0.0f ? -INFINITY : top_logit(p, t, h) + logf(sum);
+  }
+};
+
+// Whether the scores are more than a positive multiple of q . k.
+inline bool attention_modified(const Attention& p) {
+  return p.scale <= 0.0f || p.softcap != 0.0f || p.slopes || p.sinks || p.mask.data ||
+         p.dropout.active;
+}
+
+// f(T{}, the head dim's tile, whether modified) as constants; the plain tiles of a kernel that has
+// them (k96) are also 96 wide.
+template <bool k96, class F>
+void with_attention_tile(const Attention& p, const F& f) {
+  const int64_t dim = p.dim > p.dim_v ? p.dim : p.dim_v;
+  const auto sized = [&](auto type, auto modified) {
+    constexpr bool kThere = k96 && !decltype(modified)::value;
+    if (dim <= 64) {
+      f(type, Constant<64>{}, modified);
+    } else if (kThere && dim <= 96) {
+      f(type, Constant<kThere ? 96 : 128>{}, modified);
+    } else if (dim <= 128) {
+      f(type, Constant<128>{}, modified);
+    } else {
+      f(type, Constant<256>{}, modified);
+    }
+  };
+  const auto typed = [&](auto type) {
+    if (attention_modified(p)) {
+      sized(type, Constant<true>{});
+    } else {
+      sized(type, Constant<false>{});
+    }
+  };
+  if (p.type == kBf16) {
+    typed(__nv_bfloat16{});
+  } else {
+    typed(__half{});
+  }
+}
+
+}  // namespace llmops::cuda
