@@ -39,7 +39,8 @@ struct RunSums {
   float exps, gap, weight;
 };
 
-// Sums over a run of exp(x - shift), w (shift - x) and w.
+// Sums over a run of exp(x - shift), w (shift - x) and w. The run that follows is fetched
+// meanwhile.
 template <Smooth kSmooth, class X>
 LLMOPS_INLINE RunSums run_sums(const X* x, const float* weight, int64_t n, float shift) {
   const Vec top = set1(shift), unit = set1(kLog2e);
@@ -47,6 +48,7 @@ LLMOPS_INLINE RunSums run_sums(const X* x, const float* weight, int64_t n, float
   Vec w[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
+    prefetch_block(x + n + i);
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
       const Vec d = load(x + i + j * W) - top;
       s[j] = s[j] + exp2_softmax(d * unit);

@@ -183,15 +183,6 @@ LLMOPS_INLINE void normalize_at(const NormParams& p, const V* v, Vec k, Vec rstd
   put<kFull, kStream>(y + i, out, left);
 }
 
-// The lines of a block that a later row will need: without it memory idles in the second sweep,
-// which works in cache. An address past the end is no fault.
-template <class T>
-LLMOPS_INLINE void prefetch_block(const T* p) {
-  LLMOPS_UNROLL for (int byte = 0; byte < kBlock * static_cast<int>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
-  }
-}
-
 template <bool kCenter, bool kStream, class V, class Y>
 LLMOPS_NOINLINE void normalize(const NormParams& p, const V* v, const RowStats& stats,
                                const Y* next, Y* y) {

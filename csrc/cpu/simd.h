@@ -114,3 +114,16 @@ LLMOPS_INLINE void from_float(float x, fp16* out) {
 #endif
 
 #include "simd_math.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+
+// The lines of four vectors that a later sweep will need: without it memory idles while a sweep
+// works in cache. An address past the end is no fault.
+template <class T>
+LLMOPS_INLINE void prefetch_block(const T* p) {
+  LLMOPS_UNROLL for (int byte = 0; byte < 4 * W * static_cast<int>(sizeof(T)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+  }
+}
+
+}  // namespace llmops::cpu::LLMOPS_ISA

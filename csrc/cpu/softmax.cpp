@@ -14,6 +14,7 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int kBlock = 4 * W;
+constexpr int64_t kNextBytes = 128 << 10;  // of a row that is fetched ahead
 
 LLMOPS_INLINE float combine_max(const Vec* m) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
@@ -52,13 +53,22 @@ LLMOPS_INLINE void normalize(const float* e, Y* y, int64_t n, float sum) {
   store_n(y + i, load_n(e + i, static_cast<int>(n - i)) * r, static_cast<int>(n - i));
 }
 
-// e[i] = 2^(factor * x[i] - shift) for n elements; returns their sum.
+// Where the row after x begins, if rows are dense; null where it would only push x out of L2.
 template <class X>
-LLMOPS_INLINE float exponentials(const X* x, float* e, int64_t n, float factor, float shift) {
+LLMOPS_INLINE const X* next_row(const X* x, int64_t n) {
+  return n * static_cast<int64_t>(sizeof(X)) <= kNextBytes ? x + n : nullptr;
+}
+
+// e[i] = 2^(factor * x[i] - shift) for n elements; returns their sum. `next`, the row that follows,
+// is fetched meanwhile where it is not null.
+template <class X, class N>
+LLMOPS_INLINE float exponentials(const X* x, const N* next, float* e, int64_t n, float factor,
+                                 float shift) {
   const Vec f = set1(factor), t = set1(-shift);
   Vec s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
+    if (next) prefetch_block(next + i);
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
       const Vec v = exp2(fma(load(x + i + j * W), f, t));
       store(e + i + j * W, v);
@@ -131,7 +141,12 @@ LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* 
     s[0] = fma(load_n(y + i, left), load_n(dy + i, left), s[0]);
   }
   const Vec dot = set1(combine_add(s)), factor = set1(scale);
+  const bool ahead = next_row(y, n) != nullptr;
   for (i = 0; i + kBlock <= n; i += kBlock) {
+    if (ahead) {
+      prefetch_block(y + n + i);
+      prefetch_block(dy + n + i);
+    }
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
       const int64_t k = i + j * W;
       const Vec d = load(y + k) * factor * (load(dy + k) - dot);
@@ -170,10 +185,15 @@ void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t vali
   float* e = p.y_type == DType::f32 ? static_cast<float*>(row.y) : scratch;
   float sum = 0.0f;
   if (p.mask_kind == MaskKind::none) {
-    LLMOPS_DISPATCH(p.x_type, X,
-                    sum = exponentials(static_cast<const X*>(row.x), e, valid, factor, top));
+    LLMOPS_DISPATCH(p.x_type, X, {
+      const auto* x = static_cast<const X*>(row.x);
+      sum = exponentials(x, next_row(x, p.n), e, valid, factor, top);
+    });
   } else {
-    sum = exponentials(scratch, e, valid, 1.0f, top);
+    LLMOPS_DISPATCH(p.x_type, X, {
+      const auto* x = static_cast<const X*>(row.x);
+      sum = exponentials(scratch, next_row(x, p.n), e, valid, 1.0f, top);
+    });
   }
   LLMOPS_DISPATCH(p.y_type, Y, {
     normalize(e, static_cast<Y*>(row.y), valid, sum);
