@@ -3,6 +3,7 @@ pytest selected run in one start of them (tests/distributed_kit.py)."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_distributed_rules_load_with_the_first_dtensor(tmp_path: Path) -> None:
 def test_distributed_rules_that_do_not_load_harm_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """They stand on torch's internals; a torch with others still computes everything else."""
     monkeypatch.setattr(dispatch, "_sharding_known", False)
-    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", torch)
+    importlib.import_module("torch.distributed.tensor")
     monkeypatch.setitem(sys.modules, "llmops.distributed", None)
     with pytest.warns(RuntimeWarning, match="sharding rules for DTensor do not load"):
         assert llmops.softmax(torch.ones(2, 3, device="meta")).shape == (2, 3)
