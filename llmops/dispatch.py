@@ -149,11 +149,25 @@ def _resolve_constant(
 _resolve_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_sharding_known = False
+
+
 def learn_sharding() -> None:
     """Loads DTensor's rules of our operators once there can be a DTensor: who has one has imported
     its module, and nobody else pays for it."""
-    if "torch.distributed.tensor" in sys.modules and "llmops.distributed" not in sys.modules:
+    global _sharding_known
+    if _sharding_known or "torch.distributed.tensor" not in sys.modules:
+        return
+    try:
         importlib.import_module("llmops.distributed")
+    except (ImportError, AttributeError) as error:  # a torch whose internals are others
+        warnings.warn(
+            f"llmops: the sharding rules for DTensor do not load with torch {torch.__version__} "
+            f"({error}); operators will refuse DTensors, and serve all others as before",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    _sharding_known = True
 
 
 def requested(backend: str | None = None) -> str | None:

@@ -204,6 +204,23 @@ def check_positions() -> None:
     torch.testing.assert_close(unshard_sequence(out, 2, causal=True), expected)
 
 
+def check_compiles() -> None:
+    """Within a compiled function: the graph is cut around the ring, the numbers are the same."""
+    mine = [shard_sequence(x, 2, causal=True).requires_grad_() for x in qkv(torch.float32, 2)]
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = context_parallel_attention(q * 2, k, v, causal=True)
+        assert isinstance(out, Tensor)
+        return out.square().sum()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager")):
+        loss = function(*mine)
+        results.append([loss, *torch.autograd.grad(loss, mine)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def check_refusals() -> None:
     q, k, v = qkv(torch.float32, 4)
 

@@ -49,7 +49,13 @@ def run(checks: Iterable[str], meet: int = MEET) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, folder, str(meet), *results]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, env=environment, start_new_session=True) as parent:
+        said = Path(folder, "stderr")
+        with (
+            open(said, "w") as stderr,
+            subprocess.Popen(
+                command, env=environment, stderr=stderr, start_new_session=True
+            ) as parent,
+        ):
             try:
                 parent.wait(LIMIT + LIMIT_EACH * len(results))
             except subprocess.TimeoutExpired:
@@ -62,7 +68,8 @@ def run(checks: Iterable[str], meet: int = MEET) -> dict[str, str]:
             stopped = next((check for check in results if done.get(check) is None), None)
             for check, of_check in results.items():
                 error = done.get(check, f"not run, since {stopped} did not end")
-                error = "did not end" if error is None else error
+                if error is None:
+                    error = f"did not end; the processes said: {said.read_text()[-3000:]}"
                 if error:
                     of_check.append(f"rank {rank}: {error}")
         # A rank that fails takes the others' connections with it, and their errors say no more.
@@ -92,6 +99,8 @@ def _work(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # As under torchrun: transformers reads them.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
+import tempfile
 from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -281,3 +284,44 @@ def check_patched_llama() -> None:
         for optimized in (model, alone):
             torch.optim.SGD(optimized.parameters(), lr=0.5).step()
         same(model, alone)
+
+
+def check_transformers_own_plan() -> None:
+    """A Llama that transformers itself has split (tp_plan="auto"), patched: the logits of the model
+    alone, and the communications that it had before."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    alone = transformers.LlamaForCausalLM(config)
+    shared: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, 0)
+    folder = shared[0]
+    if dist.get_rank() == 0:
+        alone.save_pretrained(folder)
+    dist.barrier()
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        folder, tp_plan="auto", device_mesh=meshes()["four"]
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    ids, targets = data()
+
+    def run() -> tuple[Any, dict[str, int]]:
+        with CommDebugMode() as comms:
+            out = model(input_ids=ids, labels=targets)
+            out.loss.backward()
+        return out, counts(comms)
+
+    expected = alone(input_ids=ids, labels=targets)
+    before, had = run()
+    llmops.patch(model)
+    after, has = run()
+    assert has == had, (has, had)
+    for found in (before, after):
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)

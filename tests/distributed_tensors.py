@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.debug import CommDebugMode
 
 import llmops
+import llmops.nn
 
 R = Replicate()
 N, D, V = 12, 8, 18
@@ -177,6 +178,19 @@ def check_rope_splits_tokens() -> None:
         out = llmops.rope(split(q, mesh, Shard(2)), *tables)
     assert comms.get_total_counts() == 0 and out.placements == (Shard(2),)
     close(out, llmops.rope(q, cos, sin))
+
+
+def check_rotary_module() -> None:
+    """Its tables are the same on every rank, so they need no distributing."""
+    mesh = meshes()["four"]
+    q, k = torch.randn(2, 8, 5, 8), torch.randn(2, 4, 5, 8)
+    rotary = llmops.nn.RotaryEmbedding(8, 16)
+    with CommDebugMode() as comms:
+        found = rotary(split(q, mesh, Shard(1)), split(k, mesh, Shard(1)))
+    assert comms.get_total_counts() == 0
+    for one, other in zip(found, rotary(q, k), strict=True):
+        assert one.placements == (Shard(1),)
+        close(one, other)
 
 
 def check_ulysses() -> None:

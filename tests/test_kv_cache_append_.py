@@ -156,6 +156,23 @@ def test_kv_cache_append_is_seen_by_autograd() -> None:
         y.backward()
 
 
+def test_kv_cache_append_refuses_transforms() -> None:
+    caches, new, lengths = (
+        torch.zeros(3, 2, 2, 8, 4),
+        torch.randn(3, 2, 2, 3, 4),
+        torch.ones(2).int(),
+    )
+
+    def append(cache: Tensor, new: Tensor) -> Tensor:
+        return llmops.kv_cache_append_(cache, cache.clone(), new, new, lengths)[0]
+
+    with pytest.raises(NotImplementedError, match="vmap does not follow"):
+        torch.func.vmap(append)(caches, new)
+    with pytest.raises(NotImplementedError, match="forward-mode AD does not follow"):
+        torch.func.jvp(lambda x: append(caches[0], x), (new[0],), (new[0],))
+    assert not caches.any()
+
+
 def test_kv_cache_append_opcheck_and_compile() -> None:
     arguments = schemas(Make(torch.float32))["kv_cache_append_"]
     torch.library.opcheck(torch.ops.llmops.kv_cache_append_.default, arguments)

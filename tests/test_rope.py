@@ -95,6 +95,25 @@ def test_rope_qk_in_place_refuses_gradients() -> None:
         loss.backward()
 
 
+def test_rope_qk_in_place_refuses_transforms() -> None:
+    """What is written in place would keep an old tangent, or meet no batching rule."""
+    q, k = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 2, 2, 5, 8)
+    cos, sin = llmops.rope_tables(5, 8)
+
+    def turned(q: Tensor, k: Tensor) -> Tensor:
+        return llmops.rope_qk_(q.clone(), k.clone(), cos, sin)[0]
+
+    with pytest.raises(NotImplementedError, match=r"vmap does not follow; use llmops.rope_qk$"):
+        torch.func.vmap(turned)(q, k)
+    with pytest.raises(NotImplementedError, match=r"forward-mode AD .* use llmops.rope_qk$"):
+        torch.func.jvp(turned, (q[0], k[0]), (q[0], k[0]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q[0], q[0])
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            llmops.rope_qk_(dual, k[0], cos, sin)
+        llmops.rope_qk_(q[1], k[1], cos, sin)  # without tangents it goes on
+
+
 def test_rope_qk_in_place_compiles() -> None:
     cos, sin = tables(Make(torch.float32), 4, 4)
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 4, 8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import llmops
 from llmops.nn.attention import Attention as Attention
+from llmops.ops._dtensor import is_distributed, replicated
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -240,11 +241,14 @@ class RotaryEmbedding(torch.nn.Module):
         self, q: Tensor, k: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """q [B, Hq, T, D] and k [B, Hk, T, D], turned; position_ids [T] or [B, T], or 0 to T-1."""
+        cos, sin = self.cos, self.sin
+        if is_distributed(q) and not is_distributed(cos):  # made alike on every rank
+            cos, sin = replicated(cos, q), replicated(sin, q)
         return llmops.rope_qk(
             q,
             k,
-            self.cos,
-            self.sin,
+            cos,
+            sin,
             position_ids,
             interleaved=self.interleaved,
             backend=self.backend,

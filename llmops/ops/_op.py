@@ -108,6 +108,25 @@ class Op:
         return self.forward(*args)
 
 
+def refuse_transforms(op: str, remedy: str, *written: Tensor) -> None:
+    """For operators that write in place: torch.func.vmap and forward-mode AD do not follow them,
+    and a tangent that stays as it was is a wrong one."""
+    if _is_compiling():  # torch's own tracing of a transform meets the operator itself
+        return
+    level = _functorch_level()
+    what = ""
+    if level is not None and level.key() == torch._C._functorch.TransformType.Vmap:
+        what = "torch.func.vmap"
+    elif _forward_ad._current_level >= 0 and (
+        level is not None or any(_forward_ad.unpack_dual(x).tangent is not None for x in written)
+    ):
+        what = "forward-mode AD"
+    if what:
+        raise NotImplementedError(
+            f"llmops.{op}: writes in place, which {what} does not follow; {remedy}"
+        )
+
+
 def shortcut(op: str, features: tuple[str, ...] = ()) -> Callable[..., Any]:
     """A function that gives the raw CPU kernel of `op`, for a call that wants its result only.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _sequences
-from llmops.ops._op import LIBRARY, shortcut
+from llmops.ops._op import LIBRARY, refuse_transforms, shortcut
 
 _OP = "kv_cache_append_"
 _is_compiling = torch.compiler.is_compiling
@@ -82,6 +82,7 @@ def kv_cache_append_(
 
 
 def _refuse_gradients(*given: Tensor) -> None:
+    refuse_transforms(_OP, "call it outside, on the whole batch", *given)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise RuntimeError(
             f"llmops.{_OP}: a tensor requires a gradient, which writing to a cache does not "

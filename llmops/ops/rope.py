@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _check
-from llmops.ops._op import LIBRARY, Op
+from llmops.ops._op import LIBRARY, Op, refuse_transforms
 from llmops.ops._rope_checks import check_heads, check_pair, check_tables
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -142,6 +142,7 @@ def rope_qk_(
 
 
 def _refuse_gradients(q: Tensor, k: Tensor) -> None:
+    refuse_transforms("rope_qk_", "use llmops.rope_qk", q, k)
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise RuntimeError(
             f"llmops.rope_qk_: {'q' if q.requires_grad else 'k'} requires a gradient, which an "
