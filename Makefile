@@ -43,7 +43,7 @@ test-part: install
 TRITON_PARTS ?= 60
 TRITON_ONLY ?= not attention or merge_attention
 TRITON_FILES ?=
-TRITON_ATTENTION_PARTS ?= 240
+TRITON_ATTENTION_PARTS ?= 160
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 \
