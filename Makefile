@@ -11,7 +11,9 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 2>/dev/null)
 
-.PHONY: demo test test-all test-part test-triton test-cuda test-quick test-emulated test-sanitized sanitized-part test-oldest aot aot-part gpu lint format bench results ci cuda cuda-mutate cuda-sanitize cuda-part packaging clean
+.PHONY: demo test test-all test-part test-triton test-triton-attention test-cuda test-quick test-emulated \
+	test-sanitized sanitized-part test-oldest aot aot-part gpu lint format bench results ci cuda cuda-mutate \
+	cuda-sanitize cuda-part packaging clean
 
 # Once per change of the requirements; `install` below rebuilds what changed in seconds. Without
 # their dependencies: the two models bring engines, and timm a torchvision that needs a CUDA torch.
@@ -37,13 +39,21 @@ PARTS ?= 10
 test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
-# The Triton kernels under Triton's interpreter, a part of them that rotates as well.
-# Attention's samples take seconds each, so they are run by hand: make test-triton TRITON_ONLY=attention
+# The Triton kernels under Triton's interpreter, a part of them that rotates as well: of attention,
+# whose samples take a second each, a smaller one. make test-triton TRITON_ONLY=softmax TRITON_PARTS=1
+# or make test-triton-attention TRITON_ATTENTION_PARTS=1: all there is of it.
 TRITON_PARTS ?= 60
 TRITON_ONLY ?= not attention or merge_attention
+TRITON_FILES ?=
+TRITON_ATTENTION_PARTS ?= 160
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 --deselect tests/test_triton_interpreter.py
+	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 \
+	--deselect tests/test_triton_interpreter.py $(TRITON_FILES)
+test-triton-attention:
+	$(MAKE) test-triton TRITON_PARTS=$(TRITON_ATTENTION_PARTS) TRITON_ONLY="attention and not merge" \
+	TRITON_FILES="$(wildcard tests/test_attention*.py) tests/test_triton_attention.py \
+	tests/test_scaled_dot_product_attention.py"
 
 # The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
 # make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.
@@ -54,11 +64,9 @@ test-cuda: install
 	$(BIN)/python -m pytest -q -k "([cuda- or [cuda]) and ($(CUDA_ONLY))" --durations=10
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
-# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/48" is CI's part.
+# Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/60" is CI's part.
 AOT ?=
-AOT_PARTS ?= 48
-# The files of tools/aot_calls whose tables are complete.
-AOT_OPS ?= softmax gelu embedding rope kv_cache_append_ merge_attention attention attention_varlen rms_norm layer_norm swiglu sample
+AOT_PARTS ?= 60
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON)/triton: | $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
@@ -68,7 +76,7 @@ aot: install build/triton-$(OLDEST_TRITON)/triton
 	OMP_NUM_THREADS=1 PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python tools/aot.py \
 	--target sm_80 --target sm_90 $(AOT)
 aot-part:
-	$(MAKE) aot AOT="$(AOT_OPS) --part head/$(AOT_PARTS)"
+	$(MAKE) aot AOT="--part head/$(AOT_PARTS)"
 
 # On a machine with a CUDA GPU, with its own Python and torch, no network, ten minutes: install, tests,
 # benchmarks; call it again and it goes on. GPU="--stages bench --minutes 5" and so on.
@@ -152,7 +160,7 @@ cuda-part:
 # On x86-64 processors that cannot run all the CPU kernels themselves.
 EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
 	echo test-emulated)
-ci: lint cuda test-part test-triton test-cuda cuda-part aot-part sanitized-part $(EMULATED)
+ci: lint cuda test-part test-triton test-triton-attention test-cuda cuda-part aot-part sanitized-part $(EMULATED)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

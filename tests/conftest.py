@@ -43,6 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         large = any(item.get_closest_marker(marker) for marker in ("large", "rotating"))
+        if best is None and "attention" in item.path.stem:  # interpreted, seconds each: all rotate
+            large = True
         (kept if part.holds(item.nodeid, case, best, large) else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept

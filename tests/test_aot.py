@@ -42,15 +42,21 @@ assert list(aot.grown(good, {**good, "instructions": ["HMMA"]})) == ["no longer 
 assert "3 spills" in list(aot.broken(job, {**good, "spills": 3}))[0]
 assert not list(aot.broken(replace(job, spills="its reason"), {**good, "spills": 3}))
 assert "shared memory" in list(aot.broken(job, {**good, "shared": 227 * 1024 + 1}))[0]
-product = {**good, "product": True, "instructions": ["LDGSTS"]}
-assert "without tensor cores" in list(aot.broken(job, product))[0]
+product = {**good, "product": 64, "instructions": ["HMMA"]}
+assert list(aot.broken(job, product)) == ["16-bit products of 64 rows without HGMMA: ['HMMA']"]
+assert not list(aot.broken(job, {**product, "instructions": ["HGMMA"]}))
+assert not list(aot.broken(job, {**product, "product": 32}))
+assert not list(aot.broken(replace(job, target="sm_80"), product))
+for target, wanted in (("sm_80", "HMMA"), ("sm_100", "UTCHMMA"), ("gfx90a", "mfma")):
+    (found,) = aot.broken(replace(job, target=target), {**product, "instructions": ["LDGSTS"]})
+    assert f"without {wanted}" in found
 table = {job.name: good, "gone bf16 x sm_90": good}
 assert aot.compare(table, {job.name: good}, {job.name, "new"}, set(table)) == [
     "new: not in the table", "gone bf16 x sm_90: in the table, and nothing launches it"]
 assert "softmax_fwd_kernel" in " ".join(aot.missing({"softmax"}, set()))
 dot = "%1 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x16xbf16> * tensor<16x64xbf16>"
-multiplies = aot_compile._multiplies_16_bit
-assert multiplies(dot) and not multiplies(dot.replace("bf16", "f32"))
+rows = aot_compile._rows_of_products
+assert rows(dot) == 64 and rows(dot.replace("bf16", "f32")) == rows("") == 0
 """
     in_fresh_python(code)
 

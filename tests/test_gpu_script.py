@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("llmops_tools_gpu", ROOT / "tools" / "gpu.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "STATE", tmp_path / "state")
-    monkeypatch.setattr(module, "LEAST", 0.05)
-    monkeypatch.setattr(module, "tree", lambda: "sources")
+    monkeypatch.setattr(module.gpu_run, "STATE", tmp_path / "state")
+    monkeypatch.setattr(module.gpu_run, "LEAST", 0.05)
+    monkeypatch.setattr(module.gpu_run, "tree", lambda: "sources")
     return module
 
 
@@ -44,10 +45,10 @@ def test_gpu_resumes_and_records_failures(gpu: Any, tmp_path: Path) -> None:
         found = gpu.work([fake], 1.0, out)
         assert found["stages"]["fake"]["state"] == "failed" and log.read_text() == "xx"
         assert "OSError: broken" in found["stages"]["fake"]["units"]["bad"]["tail"]
-    for folder in (out, gpu.STATE):
+    for folder in (out, gpu.gpu_run.STATE):
         assert json.loads((folder / "fake.json").read_text())["units"]["good"]["state"] == "passed"
         assert json.loads((folder / "summary.json").read_text())["stages"] == found["stages"]
-    gpu.tree = lambda: "other sources"
+    gpu.gpu_run.tree = lambda: "other sources"
     gpu.work([fake], 1.0, out, keep=True)
     assert log.read_text() == "xx"
     gpu.work([fake], 1.0, out)
@@ -74,6 +75,28 @@ def test_gpu_stops_at_its_time_and_goes_on(gpu: Any, tmp_path: Path) -> None:
     found = gpu.work([stage(gpu, *units)], 1.0, tmp_path)["stages"]["fake"]
     assert [u["state"] for u in found["units"].values()] == ["killed", "passed", "passed"]
     assert found["state"] == "failed", "a unit that hung is no success"
+
+
+def test_gpu_runs_units_at_a_time(gpu: Any, tmp_path: Path) -> None:
+    """Two that wait for each other's file end; the output of each is its own."""
+    code = """
+import pathlib, sys, time
+own, other = (pathlib.Path({folder!r}) / name for name in {names!r})
+own.touch()
+while not other.exists(): time.sleep(0.01)
+print(own.name)
+raise SystemExit(3)
+"""
+    units = [
+        unit(gpu, f"unit {a}", code.format(folder=str(tmp_path), names=(a, b)))
+        for a, b in (("one", "two"), ("two", "one"))
+    ]
+    two = gpu.Stage("fake", 5.0, lambda: units, workers=2)
+    found = gpu.work([two], 1.0, tmp_path)["stages"]["fake"]["units"]
+    assert {name: u["tail"].strip() for name, u in found.items()} == {
+        "unit one": "one",
+        "unit two": "two",
+    }
 
 
 def test_gpu_writes_after_each_unit(gpu: Any, tmp_path: Path) -> None:
@@ -120,11 +143,11 @@ def test_last(case):
 def test_gpu_tests_go_on_after_a_crash(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.gpu_run, "ROOT", tmp_path)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     file = tmp_path / "test_fake.py"
     file.write_text(TESTS)
-    command = gpu.partial(gpu.test_command, file)
+    command = gpu.partial(gpu.test_command, file, only="")
     tests = stage(gpu, gpu.Unit("test_fake", command, 60.0, gpu.read_tests))
     found = gpu.work([tests], 1.0, tmp_path)["stages"]["fake"]["units"]["test_fake"]
     assert found["counts"] == {"passed": 3, "failed": 1, "crashed": 1}
@@ -161,31 +184,35 @@ def test_gpu_bench_record(gpu: Any) -> None:
     """A wrong provider is in the record, the run in the summary, and a run without JSON is none."""
     row = {"results": [{"provider": "llmops", "note": "WRONG: by 2"}]}
     result = {"machine": {"gpu": "g"}, "runs": [{"complete": False, "rows": [row]}]}
-    gpu.STATE.mkdir()
-    (gpu.STATE / "bench-unit.json").write_text(json.dumps(result))
+    gpu.gpu_run.STATE.mkdir()
+    (gpu.gpu_run.STATE / "bench-unit.json").write_text(json.dumps(result))
     record: dict[str, Any] = {}
     record["state"] = gpu.read_bench(record, "", 1)
     assert record["state"] == "failed" and record["wrong"] == ["WRONG: by 2"]
     assert not record["complete"]
-    gpu.save("bench", {"units": {"softmax": record}, "state": "failed"}, gpu.STATE)
+    gpu.save("bench", {"units": {"softmax": record}, "state": "failed"}, gpu.gpu_run.STATE)
     found = gpu.summary(["bench"])
     assert found["machine"] == {"gpu": "g"} and found["runs"][0]["stage"] == "softmax"
     gpu.bench_command(["softmax"], {})
-    assert not (gpu.STATE / "bench-unit.json").exists(), "no unit reads another one's result"
+    assert not (gpu.gpu_run.STATE / "bench-unit.json").exists(), (
+        "no unit reads another one's result"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_gpu_without_a_gpu(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
-    assert not gpu.STATE.exists(), "nothing was run"
+    assert not gpu.gpu_run.STATE.exists(), "nothing was run"
 
 
 def test_gpu_stages_exist(gpu: Any) -> None:
     """The real units can be listed here: names of files with the kit, of benchmarks with cases."""
     from llmops.bench import cases
 
-    assert {"test_softmax", "test_attention"} <= {u.name for u in gpu.test_units()}
+    tests = [u.name for u in gpu.test_units()]
+    assert {"test_softmax", "test_attention bf16", "test_attention_varlen fp16"} <= set(tests)
+    assert tests[0] == "test_device" and len(tests) == len(set(tests))
     names = [u.name for u in gpu.bench_units()]
     assert set(cases.names()) <= set(names) and "attention torch.compile" in names
     with pytest.raises(SystemExit):

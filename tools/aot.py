@@ -14,7 +14,7 @@ What is compiled, and how: aot_compile.py. Rules:
   (a spill goes to memory: what AMD's compiler moves to lanes of vector registers, or to the
   accumulation registers, is counted apart, as "moved")
 - shared memory within the target's limit, the grid within CUDA's
-- products of 16-bit values on tensor cores
+- products of 16-bit values on tensor cores, by the instruction that the target has for their size
 - against the table: no entry more or less, no spill, nothing moved and no shared memory more, at
   most SLACK registers more, no instruction lost
 - every launcher and every kernel of kernels/triton has an entry
@@ -39,7 +39,8 @@ from rotation import parse as part_of  # of tests, whose path aot_compile knows
 # KiB of shared memory that one program may have.
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 SHARED |= {"gfx90a": 64, "gfx942": 64, "gfx950": 160}
-TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA", "mfma")
+# What multiplies tiles of 64 rows and more; smaller ones, and elsewhere: HMMA, and mfma of AMD.
+LARGE_PRODUCT = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 # Registers that an entry may have more than the table says.
 SLACK = 8
 WORKERS = 1
@@ -56,8 +57,12 @@ def broken(job: Job, entry: Entry) -> Iterator[str]:
     limit = SHARED[job.target] * 1024
     if entry["shared"] > limit:
         yield f"{entry['shared']} bytes of shared memory; {job.target} has {limit}"
-    if entry.get("product") and not set(entry["instructions"]) & set(TENSOR_CORES):
-        yield f"a product of 16-bit values without tensor cores: {entry['instructions']}"
+    if rows := entry.get("product", 0):
+        wanted = "HMMA" if job.target.startswith("sm") else "mfma"
+        if rows >= 64:
+            wanted = LARGE_PRODUCT.get(job.target, wanted)
+        if wanted not in entry["instructions"]:
+            yield f"16-bit products of {rows} rows without {wanted}: {entry['instructions']}"
 
 
 def grown(old: Entry, new: Entry) -> Iterator[str]:

@@ -64,13 +64,14 @@ class Job:
         compiled = triton.compile(self.source, TARGETS[self.target], self.options)
         measure = _nvidia if self.target.startswith("sm") else _amd
         entry = {**measure(compiled.asm), "shared": compiled.metadata.shared, "config": self.config}
-        if _multiplies_16_bit(compiled.asm["ttir"]):
-            entry["product"] = True
+        entry["product"] = _rows_of_products(compiled.asm["ttir"])
         return entry
 
 
-def _multiplies_16_bit(ttir: str) -> bool:
-    return re.search(r"tt\.dot .*: tensor<[\dx]+x(?:b?f16)>", ttir) is not None
+def _rows_of_products(ttir: str) -> int:
+    """Of the largest product of 16-bit values; 0 where there is none."""
+    found = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:b?f16)>", ttir)
+    return max(map(int, found), default=0)
 
 
 def _nvidia(asm: Any) -> Entry:

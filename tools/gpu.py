@@ -1,155 +1,42 @@
 """`make gpu`: what is to be known of these kernels on the GPU at hand, within ten minutes.
 
     install       the package, from this tree, with no network and only this GPU's architecture
-    correctness   the conformance kit on its device targets, one test file after the other
+    correctness   the conformance kit on its device targets, some test files at a time: what takes
+                  long is not the GPU but Triton's compiler, one core a process
     bench         `llmops bench --device cuda`, one op after the other, then beside torch.compile
     summary       one JSON of all this
 
 A stage is a list of units, each a process of its own with a limit of time: one that hangs, or
-leaves the GPU in an error state, takes nothing else along. After each unit the stage's JSON is
-written, whole or not at all, to build/gpu and to --out. A call goes on where the one before
-stopped: what has ended stays, failures too, unless the sources changed since (--keep: even then);
---fresh forgets all. Exit status: 0 nothing failed, though some may be left for the next call;
-1 something did; 2 there is no GPU.
+leaves the GPU in an error state, takes nothing else along. The units that tell most come first.
+After each unit the stage's JSON is written, whole or not at all, to build/gpu and to --out. A call
+goes on where the one before stopped: what has ended stays, failures too, unless the sources changed
+since (--keep: even then); --fresh forgets all. Exit status: 0 nothing failed, though some may be
+left for the next call; 1 something did; 2 there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-STATE = ROOT / "build" / "gpu"
-LEAST = 20.0  # seconds: with less left no unit is begun
+import gpu_run
+from gpu_run import Stage, Unit, go, load, plain, save
+
 MAX_FAILURES = 10  # of one test process: after an illegal access every later test fails
 VERDICT = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 BEGUN = re.compile(r"^(\S+::(?:.*?\]|\w+))(?= |$)", re.MULTILINE)  # more may be on its line
-ENDED = ("passed", "failed", "killed")
-
-
-@dataclass
-class Unit:
-    """A process. `command` may look at what an earlier, interrupted run of it left in its record;
-    `read` adds to the record what the output and the exit status say, and returns the new state:
-    one of ENDED, or "cut" where it is to be continued."""
-
-    name: str
-    command: Callable[[dict[str, Any]], list[str]]
-    seconds: float
-    read: Callable[[dict[str, Any], str, int | None], str]
-    environment: dict[str, str] | None = None
-
-
-@dataclass
-class Stage:
-    name: str
-    minutes: float
-    units: Callable[[], list[Unit]]
-
-
-# ---- running -------------------------------------------------------------------------------------
-
-
-def tree() -> str:
-    """A hash of the sources that decide the results."""
-    files = [ROOT / "setup.py"]
-    for folder in ("llmops", "kernels", "csrc", "tests"):
-        files += (f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".cpp", ".h", ".cu"))
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def execute(command: list[str], seconds: float, environment: Any = None) -> tuple[str, int | None]:
-    """Output and exit status; None where the time was up and the process group was killed."""
-    log = STATE / "unit.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        status: int | None
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return log.read_text(errors="replace"), status
-
-
-def save(name: str, record: dict[str, Any], out: Path) -> None:
-    for folder in dict.fromkeys((STATE, out)):
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.new"
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.replace(folder / f"{name}.json")
-
-
-def load(name: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((STATE / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return {"stage": name, "units": {}}
-    return found
-
-
-def go(stage: Stage, end: float, out: Path, keep: bool = False) -> dict[str, Any]:
-    """Runs what the stage still lacks until its own time or `end` (time.monotonic) is up."""
-    record, here = load(stage.name), tree()
-    end = min(end, time.monotonic() + 60 * stage.minutes)
-    kept = {n: u for n, u in record["units"].items() if keep or u.get("tree") == here}
-    units = stage.units()
-    # In the stage's order; one that no run has begun is "pending".
-    done = {u.name: kept.get(u.name, {"state": "pending", "seconds": 0.0}) for u in units}
-    record = {"stage": stage.name, "state": "unfinished", "units": done}
-    save(stage.name, record, out)
-    for unit in units:
-        own = done[unit.name]
-        while own["state"] not in ENDED and end - time.monotonic() >= min(LEAST, unit.seconds):
-            limit = min(unit.seconds, end - time.monotonic())
-            own["tree"], start = here, time.monotonic()
-            text, status = execute(unit.command(own), limit, unit.environment)
-            own["seconds"] = round(own["seconds"] + time.monotonic() - start, 1)
-            own.update(status=status, tail=text[-1500:])
-            own["state"] = unit.read(own, text, status)
-            if status is None and own["state"] not in ENDED and limit == unit.seconds:
-                own["state"] = "cut" if own.get("continues") else "killed"
-            save(stage.name, record, out)
-            print(f"{stage.name} {unit.name}: {own['state']}, {own['seconds']:g} s", flush=True)
-    states = [u["state"] for u in done.values()]
-    if all(s in ENDED for s in states):
-        record["state"] = "passed" if all(s == "passed" for s in states) else "failed"
-    save(stage.name, record, out)
-    return record
-
-
-def plain(record: dict[str, Any], text: str, status: int | None) -> str:
-    return "cut" if status is None else "failed" if status else "passed"
 
 
 # ---- install -------------------------------------------------------------------------------------
@@ -164,7 +51,9 @@ def python() -> str:
     """The interpreter of the later stages: this one, or the venv where it must stay as it is."""
     managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     inside = sys.prefix != sys.base_prefix
-    return str(STATE / "venv/bin/python") if managed.exists() and not inside else sys.executable
+    if managed.exists() and not inside:
+        return str(gpu_run.STATE / "venv/bin/python")
+    return sys.executable
 
 
 DESCRIBE = "import json; from llmops.bench import machine; print(json.dumps(machine.describe()))"
@@ -185,7 +74,7 @@ def forget_missing_install() -> None:
         try:
             subprocess.run([python(), "-c", IMPORTS], cwd="/", check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            (STATE / "install.json").unlink()
+            (gpu_run.STATE / "install.json").unlink()
 
 
 def install_units() -> list[Unit]:
@@ -196,7 +85,7 @@ def install_units() -> list[Unit]:
         "LLMOPS_CUDA": "1",
         "LLMOPS_CUDA_ARCHS": architecture(*torch.cuda.get_device_capability()),
     }
-    venv = [sys.executable, "-m", "venv", "--system-site-packages", str(STATE / "venv")]
+    venv = [sys.executable, "-m", "venv", "--system-site-packages", str(gpu_run.STATE / "venv")]
     pip = [python(), "-m", "pip", "install", *options]
     found = [
         Unit("pip", lambda own: pip, 270, plain, environment),
@@ -236,29 +125,41 @@ def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
     return "failed" if record["in_vain"] > 2 or not (fresh or status is None) else "cut"
 
 
-def test_command(file: Path, record: dict[str, Any]) -> list[str]:
-    wanted = "triton or cuda"
+def test_command(file: Path, record: dict[str, Any], only: str) -> list[str]:
+    wanted = f"(triton or cuda) and {only}" if only else "triton or cuda"
     if importlib.util.find_spec("expecttest") is None:  # torch's opcheck is made with it
         wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
-    seen = STATE / f"{file.stem}.seen"
+    seen = gpu_run.STATE / f"{file.stem}{only}.seen"
     seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
     options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
-    return [python(), "-m", "pytest", *options, str(file.relative_to(ROOT))]
+    return [python(), "-m", "pytest", *options, str(file.relative_to(gpu_run.ROOT))]
+
+
+# Of the tests of attention, whose kernels are many and slow to compile: a unit of each of these.
+PARTS = ("bf16", "fp32", "fp16", "not (bf16 or fp32 or fp16)")
 
 
 def test_units() -> list[Unit]:
-    """The files that take in the conformance kit, small ops first."""
-    files = [f for f in (ROOT / "tests").glob("test_*.py") if "suite(" in f.read_text()]
-    files.sort(key=lambda f: ("attention" in f.name, f.name))
-    return [Unit(f.stem, partial(test_command, f), 120, read_tests) for f in files]
+    """Graphs, streams and compile of every op; then the files that take in the conformance kit."""
+    files = [f for f in (gpu_run.ROOT / "tests").glob("test_*.py") if "suite(" in f.read_text()]
+    files.sort(key=lambda f: f.name)
+    wanted = [(gpu_run.ROOT / "tests" / "test_device.py", "")]
+    for dtype in PARTS:  # bf16's attention begins early, for it takes longest
+        wanted += [(f, dtype) for f in files if f.stem.startswith("test_attention")]
+        if dtype == PARTS[0]:
+            wanted += [(f, "") for f in files if not f.stem.startswith("test_attention")]
+    return [
+        Unit(f"{f.stem} {only}".strip(), partial(test_command, f, only=only), 120, read_tests)
+        for f, only in wanted
+    ]
 
 
 # ---- bench ---------------------------------------------------------------------------------------
 
 
 def read_bench(record: dict[str, Any], text: str, status: int | None) -> str:
-    file = STATE / "bench-unit.json"
+    file = gpu_run.STATE / "bench-unit.json"
     if status in (0, 1) and file.exists():
         record["result"] = json.loads(file.read_text())
         record["complete"] = all(run["complete"] for run in record["result"]["runs"])
@@ -268,7 +169,7 @@ def read_bench(record: dict[str, Any], text: str, status: int | None) -> str:
 
 
 def bench_command(options: list[str], record: dict[str, Any]) -> list[str]:
-    file = STATE / "bench-unit.json"
+    file = gpu_run.STATE / "bench-unit.json"
     file.unlink(missing_ok=True)
     limits = ["--seconds", "0.1", "--minutes", "0.4", "--device", "cuda", "--plain"]
     return [python(), "-m", "llmops", "bench", *options, *limits, "--json", str(file)]
@@ -282,10 +183,12 @@ def bench_units() -> list[Unit]:
     groups = [x for group in ("sdpa", "backends", "peers") for x in ("--with", group)]
     compiled = ["--quick", "--with", "compile"]
     kinds = (("", groups, 60), (" torch.compile", compiled, 75))
+    first = ("overhead", "attention", "rms_norm", "softmax", "cross_entropy", "attention_kvcache")
+    names = [*first, *(name for name in cases.names() if name not in first)]
     return [
         Unit(op + kind, partial(bench_command, [op, *options]), seconds, read_bench)
         for kind, options, seconds in kinds
-        for op in cases.names()
+        for op in names
     ]
 
 
@@ -307,12 +210,12 @@ def summary(names: Iterable[str]) -> dict[str, Any]:
             for run in own.get("result", {}).get("runs", ()):
                 runs.append({"stage": unit, **run})
         stages[name] = {"state": record.get("state", "not run"), "units": units}
-    return {"format": 2, "machine": machine, "tree": tree(), "runs": runs, "stages": stages}
+    return {"format": 2, "machine": machine, "tree": gpu_run.tree(), "runs": runs, "stages": stages}
 
 
 STAGES = (
     Stage("install", 5.0, install_units),
-    Stage("correctness", 4.0, test_units),
+    Stage("correctness", 4.0, test_units, workers=max(1, min(8, (os.cpu_count() or 1) // 2))),
     Stage("bench", 5.0, bench_units),
 )
 
@@ -340,7 +243,7 @@ def work(stages: Iterable[Stage], minutes: float, out: Path, keep: bool = False)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     add = parser.add_argument
-    default = os.environ.get("OUT") or str(STATE)
+    default = os.environ.get("OUT") or str(gpu_run.STATE)
     add("--out", type=Path, default=Path(default), help="folder of the JSON files (build/gpu)")
     names = [s.name for s in STAGES]
     add("--stages", default=",".join(names), help="some of them, as in install,bench")
@@ -361,9 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("make gpu: needs a CUDA GPU, and torch sees none; nothing was run", file=sys.stderr)
         return 2
     if options.fresh:
-        shutil.rmtree(STATE, ignore_errors=True)
-    STATE.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(ROOT))
+        shutil.rmtree(gpu_run.STATE, ignore_errors=True)
+    gpu_run.STATE.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(gpu_run.ROOT))
     found = work(
         [s for s in STAGES if s.name in chosen], options.minutes, options.out, options.keep
     )
@@ -371,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         from llmops.bench.machine import machine_class
 
         here = {"gpu": torch.cuda.get_device_name()}
-        file = ROOT / "benchmarks" / "results" / f"{machine_class(here, 'cuda')}.json"
+        file = gpu_run.ROOT / "benchmarks" / "results" / f"{machine_class(here, 'cuda')}.json"
         file.write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {file}")
     states = {name: stage["state"] for name, stage in found["stages"].items()}

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import all_registers, launch
+from llmops.kernels.triton._launch import launch
 from torch import Tensor
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -150,12 +150,11 @@ TILE = 4096
 REDUCED = 4096
 
 
-def _table(n: int, dtype: torch.dtype) -> _config.Config:
-    """Not measured yet; from ahead-of-time inspection."""
+def _table(n: int, heavy: bool) -> _config.Config:
+    """Not measured yet; from ahead-of-time inspection. heavy: fp32 with label smoothing."""
     block = _rows.power_of_2(n)
     if block > TILE:  # lanes are a 16-byte load of 16-bit logits for each of 256 threads
-        bound = all_registers(8) if dtype == torch.float32 else {}
-        return {"ROWS": 1, "PARTS": 4, "LANES": 2048, "num_warps": 8, **bound}
+        return {"ROWS": 1, "PARTS": 2 if heavy else 4, "LANES": 2048, "num_warps": 8}
     rows = min(TILE // block, 16)
     return {"ROWS": rows, "PARTS": 1, "LANES": block, "num_warps": max(rows * block // 512, 1)}
 
@@ -195,7 +194,8 @@ def cross_entropy(
     losses = loss if rowwise else torch.empty_like(lse)
     ids = target.contiguous()
     source, where, last = _rows.broadcast(x, x.shape)
-    config = _config.choose("cross_entropy", (_rows.power_of_2(n), x.dtype), _table(n, x.dtype))
+    heavy = x.dtype == torch.float32 and label_smoothing > 0
+    config = _config.choose("cross_entropy", (_rows.power_of_2(n), x.dtype), _table(n, heavy))
     launch(
         cross_entropy_fwd_kernel, (triton.cdiv(rows, config["ROWS"]),),
         source, ids, weight, losses, lse, rows, n, *where, last, ignore_index,

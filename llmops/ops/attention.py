@@ -83,8 +83,10 @@ def attention(
         NotImplementedError: a named backend cannot serve the call.
 
     Numerics: fp32 softmax and accumulation; on bf16 the weights are rounded to bf16 for the product
-    with v, as every flash kernel does. Deterministic, whatever the number of threads. Under
-    autocast computed in autocast's dtype, as torch's own is.
+    with v, as every flash kernel does. Deterministic, whatever the number of threads; but
+    where `llmops tune` found it faster on a GPU, dq is summed by atomic additions, unless
+    torch.use_deterministic_algorithms is set. Under autocast computed in autocast's dtype, as
+    torch's own is.
 
     Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023. Window: Beltagy et
     al., "Longformer", 2020. ALiBi: Press et al., 2022. Soft cap: Gemma 2, 2024. Sinks: Xiao et al.,

@@ -1,0 +1,141 @@
+"""What `make gpu` is made of: stages of units, each a process of its own with a limit of time, run
+until they have ended or the time is up, and kept as JSON from which a later call goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / "build" / "gpu"
+LEAST = 20.0  # seconds: with less left no unit is begun
+ENDED = ("passed", "failed", "killed")
+
+
+@dataclass
+class Unit:
+    """A process. `command` may look at what an earlier, interrupted run of it left in its record;
+    `read` adds to the record what the output and the exit status say, and returns the new state:
+    one of ENDED, or "cut" where it is to be continued."""
+
+    name: str
+    command: Callable[[dict[str, Any]], list[str]]
+    seconds: float
+    read: Callable[[dict[str, Any], str, int | None], str]
+    environment: dict[str, str] | None = None
+
+
+@dataclass
+class Stage:
+    name: str
+    minutes: float
+    units: Callable[[], list[Unit]]
+    workers: int = 1  # units at a time
+
+
+def tree() -> str:
+    """A hash of the sources that decide the results."""
+    files = [ROOT / "setup.py"]
+    for folder in ("llmops", "kernels", "csrc", "tests"):
+        files += (f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".cpp", ".h", ".cu"))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def execute(
+    command: list[str], seconds: float, environment: Any = None, name: str = "unit"
+) -> tuple[str, int | None]:
+    """Output and exit status; None where the time was up and the process group was killed."""
+    log = STATE / f"{name.replace(' ', '-')}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status: int | None
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return log.read_text(errors="replace"), status
+
+
+def save(name: str, record: dict[str, Any], out: Path) -> None:
+    for folder in dict.fromkeys((STATE, out)):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{name}.new"
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(folder / f"{name}.json")
+
+
+def load(name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((STATE / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {"stage": name, "units": {}}
+    return found
+
+
+def go(stage: Stage, end: float, out: Path, keep: bool = False) -> dict[str, Any]:
+    """Runs what the stage still lacks until its own time or `end` (time.monotonic) is up."""
+    record, here = load(stage.name), tree()
+    end = min(end, time.monotonic() + 60 * stage.minutes)
+    kept = {n: u for n, u in record["units"].items() if keep or u.get("tree") == here}
+    units = stage.units()
+    # In the stage's order; one that no run has begun is "pending".
+    done = {u.name: kept.get(u.name, {"state": "pending", "seconds": 0.0}) for u in units}
+    record = {"stage": stage.name, "state": "unfinished", "units": done}
+    save(stage.name, record, out)
+    one_at_a_time = threading.Lock()  # only processes run side by side
+
+    def work(unit: Unit) -> None:
+        own = done[unit.name]
+        while own["state"] not in ENDED and end - time.monotonic() >= min(LEAST, unit.seconds):
+            limit = min(unit.seconds, end - time.monotonic())
+            with one_at_a_time:
+                own["tree"], command = here, unit.command(own)
+            start = time.monotonic()
+            text, status = execute(command, limit, unit.environment, unit.name)
+            with one_at_a_time:
+                own["seconds"] = round(own["seconds"] + time.monotonic() - start, 1)
+                own.update(status=status, tail=text[-1500:])
+                own["state"] = unit.read(own, text, status)
+                if status is None and own["state"] not in ENDED and limit == unit.seconds:
+                    own["state"] = "cut" if own.get("continues") else "killed"
+                save(stage.name, record, out)
+                print(f"{stage.name} {unit.name}: {own['state']}, {own['seconds']:g} s", flush=True)
+
+    with ThreadPoolExecutor(stage.workers) as pool:
+        list(pool.map(work, units))
+    states = [u["state"] for u in done.values()]
+    if all(s in ENDED for s in states):
+        record["state"] = "passed" if all(s == "passed" for s in states) else "failed"
+    save(stage.name, record, out)
+    return record
+
+
+def plain(record: dict[str, Any], text: str, status: int | None) -> str:
+    return "cut" if status is None else "failed" if status else "passed"
