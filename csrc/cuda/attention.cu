@@ -84,9 +84,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(Attention p)
         store(p.lse + lse_place(p, b.batch, row_place(p, b, b.first + own)), lse);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        const uint32_t pair =
+        *reinterpret_cast<uint32_t*>(q.at(own, n) + lane % 4 * 2) =
             pack(sums.out[t][n][2 * h] * weight, sums.out[t][n][2 * h + 1] * weight, T{});
-        memcpy(q.at(own, n) + lane % 4 * 2, &pair, sizeof pair);
       }
     }
   }
