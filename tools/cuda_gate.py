@@ -24,7 +24,13 @@ TABLE = ROOT / "benchmarks" / "aot" / "cuda.json"
 SLACK = 8
 STATIC_SHARED = 48 << 10
 # Kernels that multiply matrices, and what that is in machine code.
-TENSOR = ("attention_fwd_kernel", "attention_decode_kernel")
+TENSOR = (
+    "attention_fwd_kernel",
+    "attention_decode_kernel",
+    "attention_bwd_dkdv_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_dmask_kernel",
+)
 PRODUCT = re.compile(r"\bHMMA\.16816\.F32\b")
 
 Entry = dict[str, int]  # registers, shared; products, of TENSOR
