@@ -25,6 +25,7 @@ struct Shape {
   static constexpr int kRows = 16 * kTiles * kWarps;
   static constexpr int kKeys = kDim <= 64 ? 64 : 32;
   static constexpr int kBytes = 2 * kDim * (kRows + 4 * kKeys);
+  static_assert(kBytes <= 99 << 10, "what a block may have on every GPU from sm_80 on");
 };
 
 template <class T, int kDim, bool kModified>

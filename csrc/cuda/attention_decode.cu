@@ -18,6 +18,7 @@ struct Shape {
   static constexpr int kWarps = kDim <= 128 ? 4 : 2, kThreads = 32 * kWarps;
   static constexpr int kKeys = 16 * kWarps;
   static constexpr int kBytes = 2 * kDim * (kRows + 4 * kKeys);
+  static_assert(kBytes <= 99 << 10, "what a block may have on every GPU from sm_80 on");
   // The warps' sums take the place of the tiles.
   static_assert(kWarps * kRows * (kDim + 2) * 4 <= 2 * kDim * 4 * kKeys, "");
 };
