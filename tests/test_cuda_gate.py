@@ -46,3 +46,18 @@ def test_cuda_gate_compares(gate: Any, table: Any) -> None:
     fewer = {k: v for k, v in table.items() if k != name}
     assert gate.compare(fewer, table) == [f"{name}: no longer there"]
     assert gate.compare(table, fewer) == [f"{name}: not in the table"]
+
+
+def test_cuda_gate_holds_products_to_tensor_cores(gate: Any, table: Any) -> None:
+    kernels = {name for name in table if name.split("<")[0] in gate.TENSOR}
+    assert {name.split("<")[0] for name in kernels} == set(gate.TENSOR)
+    for name, entries in table.items():
+        held = {where: e["products"] for where, e in entries.items() if "products" in e}
+        assert set(held) == ({"sm_80"} if name in kernels else set()), name
+        assert all(held.values()), name
+    name = sorted(kernels)[0]
+    changed = copy.deepcopy(table)
+    changed[name]["sm_80"]["products"] //= 3
+    assert len(gate.compare(changed, table)) == 1
+    assert gate.PRODUCT.search("  /*0420*/   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;")
+    assert not gate.PRODUCT.search("  /*0420*/   FFMA R4, R8, R12, R4 ;")

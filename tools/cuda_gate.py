@@ -4,8 +4,9 @@ memory of every kernel on every architecture, out of the library, against benchm
     python tools/cuda_gate.py LIBRARY            fails where a rule or the table is not held
     python tools/cuda_gate.py LIBRARY --write    renews the table, if the rules hold
 
-Rules: no stack, which is where spilled registers are; static shared memory within 48 KiB; against
-the table: no kernel more or less, no shared memory more, at most SLACK registers more.
+Rules: no stack, which is where spilled registers are; static shared memory within 48 KiB; matrix
+products on tensor cores in every kernel of TENSOR; against the table: no kernel more or less, no
+shared memory more, at most SLACK registers more, and not less than half of those products.
 LLMOPS_CUDA_ARCHS narrows the library, and then what is compared.
 """
 
@@ -22,8 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "aot" / "cuda.json"
 SLACK = 8
 STATIC_SHARED = 48 << 10
+# Kernels that multiply matrices, and what that is in machine code.
+TENSOR = (
+    "attention_fwd_kernel",
+    "attention_decode_kernel",
+    "attention_bwd_dkdv_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_dmask_kernel",
+)
+PRODUCT = re.compile(r"\bHMMA\.16816\.F32\b")
 
-Entry = dict[str, int]  # registers, shared
+Entry = dict[str, int]  # registers, shared; products, of TENSOR
 Table = dict[str, dict[str, Entry]]  # kernel -> architecture -> entry
 
 
@@ -64,8 +74,7 @@ def usage(library: Path) -> tuple[Table, list[str]]:
     table: Table = {}
     broken: list[str] = []
     for name, (_, where, numbers) in zip(names, found, strict=True):
-        name = re.sub(r"^void ", "", re.sub(r"\(anonymous namespace\)::|llmops::cuda::", "", name))
-        name = re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
+        name = short(name)
         entry = {"registers": numbers["REG"], "shared": numbers.get("SHARED", 0)}
         table.setdefault(name, {})[where] = entry
         for kind in ("STACK", "LOCAL"):
@@ -73,7 +82,33 @@ def usage(library: Path) -> tuple[Table, list[str]]:
                 broken.append(f"{name} on {where}: {numbers[kind]} bytes of {kind.lower()}: spills")
         if entry["shared"] > STATIC_SHARED:
             broken.append(f"{name} on {where}: {entry['shared']} bytes of static shared memory")
-    return table, broken
+    mangled = {f[0]: short(name) for name, f in zip(names, found, strict=True)}
+    return table, broken + count_products(library, table, mangled)
+
+
+def short(name: str) -> str:
+    """A demangled kernel as the table has it."""
+    name = re.sub(r"^void ", "", re.sub(r"\(anonymous namespace\)::|llmops::cuda::", "", name))
+    return re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
+
+
+def count_products(library: Path, table: Table, mangled: dict[str, str]) -> list[str]:
+    """Into the table, how many products each kernel of TENSOR has; which have none. Of one
+    architecture, the first: to disassemble takes ten seconds for each."""
+    wanted = [m for m, name in mangled.items() if name.split("<")[0] in TENSOR]
+    architecture = min({a for e in table.values() for a in e}, key=lambda a: int(a[3:].rstrip("a")))
+    code = subprocess.run(
+        [tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(wanted), str(library)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    parts = re.split(r"^\s*Function : (\S+)", code, flags=re.MULTILINE)[1:]
+    found = {m: len(PRODUCT.findall(c)) for m, c in zip(parts[::2], parts[1::2], strict=True)}
+    broken: list[str] = []
+    for m in wanted:
+        table[mangled[m]][architecture]["products"] = found.get(m, 0)
+        if not found.get(m):
+            broken.append(f"{mangled[m]} on {architecture}: no {PRODUCT.pattern} in its code")
+    return broken
 
 
 def compare(table: Table, known: Table) -> list[str]:
@@ -85,7 +120,10 @@ def compare(table: Table, known: Table) -> list[str]:
             now, before = table[name].get(architecture), known[name].get(architecture)
             if now is None or before is None:
                 broken.append(f"{name} on {architecture}: not both in the library and in the table")
-            elif now["registers"] > before["registers"] + SLACK or now["shared"] > before["shared"]:
+                continue
+            more = now["registers"] > before["registers"] + SLACK
+            fewer = "products" in now and 2 * now["products"] < before.get("products", 0)
+            if more or fewer or now["shared"] > before["shared"]:
                 broken.append(f"{name} on {architecture}: {now}, in the table {before}")
     return broken
 

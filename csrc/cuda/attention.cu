@@ -25,6 +25,7 @@ struct Shape {
   static constexpr int kRows = 16 * kTiles * kWarps;
   static constexpr int kKeys = kDim <= 64 ? 64 : 32;
   static constexpr int kBytes = 2 * kDim * (kRows + 4 * kKeys);
+  static_assert(kBytes <= 99 << 10, "what a block may have on every GPU from sm_80 on");
 };
 
 template <class T, int kDim, bool kModified>
@@ -38,17 +39,18 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(Attention p)
   T* const staged = memory + QTile::kElements;
   const QueryBlock b = query_block<S::kRows>(p, blockIdx.x);
   const int row = threadIdx.x / 32 * 16 * kTiles;  // the warp's first
-  const T* k_from =
-      static_cast<const T*>(p.k) + b.batch * p.k_stride[0] + b.kv_head * p.k_stride[1];
-  const T* v_from =
-      static_cast<const T*>(p.v) + b.batch * p.v_stride[0] + b.kv_head * p.v_stride[1];
   const auto fetch = [&](int stage, int key) {
+    const int thread = opaque(threadIdx.x), batch = opaque(b.batch), head = opaque(b.kv_head);
+    const T* k_from = static_cast<const T*>(p.k) + batch * p.k_stride[0] + head * p.k_stride[1] +
+                      key * p.k_stride[2];
+    const T* v_from = static_cast<const T*>(p.v) + batch * p.v_stride[0] + head * p.v_stride[1] +
+                      key * p.v_stride[2];
     const KTile k{staged + stage * 2 * KTile::kElements};
     const KTile v{k.data + KTile::kElements};
-    load_tile<kThreads>(k, k_from + key * p.k_stride[2], p.k_stride[2], b.end - key,
-                        static_cast<int>(p.dim), p.wide_kv, threadIdx.x);
-    load_tile<kThreads>(v, v_from + key * p.v_stride[2], p.v_stride[2], b.end - key,
-                        static_cast<int>(p.dim_v), p.wide_kv, threadIdx.x);
+    load_tile<kThreads>(k, k_from, p.k_stride[2], b.end - key, static_cast<int>(p.dim), p.wide_kv,
+                        thread);
+    load_tile<kThreads>(v, v_from, p.v_stride[2], b.end - key, static_cast<int>(p.dim_v), p.wide_kv,
+                        thread);
     cp_async_commit();
   };
   LaneRows<kTiles, kModified> rows;
@@ -84,9 +86,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(Attention p)
         store(p.lse + lse_place(p, b.batch, row_place(p, b, b.first + own)), lse);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        const uint32_t pair =
+        *reinterpret_cast<uint32_t*>(q.at(own, n) + lane % 4 * 2) =
             pack(sums.out[t][n][2 * h] * weight, sums.out[t][n][2 * h + 1] * weight, T{});
-        memcpy(q.at(own, n) + lane % 4 * 2, &pair, sizeof pair);
       }
     }
   }

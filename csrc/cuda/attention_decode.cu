@@ -18,6 +18,7 @@ struct Shape {
   static constexpr int kWarps = kDim <= 128 ? 4 : 2, kThreads = 32 * kWarps;
   static constexpr int kKeys = 16 * kWarps;
   static constexpr int kBytes = 2 * kDim * (kRows + 4 * kKeys);
+  static_assert(kBytes <= 99 << 10, "what a block may have on every GPU from sm_80 on");
   // The warps' sums take the place of the tiles.
   static_assert(kWarps * kRows * (kDim + 2) * 4 <= 2 * kDim * 4 * kKeys, "");
 };
@@ -37,23 +38,22 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1) attention_decode_ker
   QueryBlock b = query_block<kRows>(p, blockIdx.x / splits);
   b.begin = static_cast<int>(b.begin + split * p.split_keys);
   b.end = min(b.end, static_cast<int>(b.begin + p.split_keys));
-  const T* k_from =
-      static_cast<const T*>(p.k) + b.batch * p.k_stride[0] + b.kv_head * p.k_stride[1];
-  const T* v_from =
-      static_cast<const T*>(p.v) + b.batch * p.v_stride[0] + b.kv_head * p.v_stride[1];
   const auto fetch = [&](int stage, int key) {
+    const int thread = opaque(threadIdx.x), batch = opaque(b.batch), head = opaque(b.kv_head);
+    const T* k_from = static_cast<const T*>(p.k) + batch * p.k_stride[0] + head * p.k_stride[1] +
+                      key * p.k_stride[2];
+    const T* v_from = static_cast<const T*>(p.v) + batch * p.v_stride[0] + head * p.v_stride[1] +
+                      key * p.v_stride[2];
     const KTile k{staged + stage * 2 * KTile::kElements};
     const KTile v{k.data + KTile::kElements};
-    load_tile<kThreads>(k, k_from + key * p.k_stride[2], p.k_stride[2], b.end - key,
-                        static_cast<int>(p.dim), p.wide_kv, threadIdx.x);
-    load_tile<kThreads>(v, v_from + key * p.v_stride[2], p.v_stride[2], b.end - key,
-                        static_cast<int>(p.dim_v), p.wide_kv, threadIdx.x);
+    load_tile<kThreads>(k, k_from, p.k_stride[2], b.end - key, static_cast<int>(p.dim), p.wide_kv,
+                        thread);
+    load_tile<kThreads>(v, v_from, p.v_stride[2], b.end - key, static_cast<int>(p.dim_v), p.wide_kv,
+                        thread);
     cp_async_commit();
   };
   LaneRows<1, kModified> rows;
   rows.set(p, b, 0);
-  // What lies past this part is another's.
-  rows.clip(b.end);
   Attend<T, kDim, 1, 16, kModified> sums;
   sums.clear(p, b, 0, warp == 0 && split == 0);
   if (b.begin < b.end) {

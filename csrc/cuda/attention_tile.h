@@ -131,36 +131,36 @@ __device__ __forceinline__ void philox(uint64_t seed, uint32_t (&c)[4]) {
 // What the rows of a lane see and how they are modified.
 template <int kTiles, bool kModified>
 struct LaneRows {
-  int start[kTiles][2], limit[kTiles][2];  // keys [start, limit); none where there is no such row
-  // Of the warp's rows: keys that any sees, keys that every one does.
-  int begin, end, full_begin, full_end;
+  static constexpr int kNoRow = -(1 << 30), kNoBound = (1 << 30) - 1;
+  int token[kTiles][2];  // kNoRow where there is none
+  // Of the warp's rows: keys that any sees, keys that every one does. `stop`: the block's end.
+  int begin, end, full_begin, full_end, stop;
   // Where modified:
-  int token[kTiles][2];
   uint32_t plane[kTiles][2];  // batch * Hq + head
   float slope[kTiles][2];
   int64_t mask_at[kTiles][2];
 
   // `row`: the warp's first, of the block.
   __device__ __forceinline__ void set(const Attention& p, const QueryBlock& b, int row) {
-    begin = full_end = static_cast<int>(kAttentionTokens);
+    stop = b.end;
+    begin = full_end = stop;
     end = full_begin = 0;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int own = b.first + row + 16 * t + lane_of_warp() / 4 + 8 * h;
-        start[t][h] = limit[t][h] = 0;
-        if (kModified) token[t][h] = 0, plane[t][h] = 0, slope[t][h] = 0.0f, mask_at[t][h] = 0;
+        token[t][h] = kNoRow;
+        if (kModified) plane[t][h] = 0, slope[t][h] = 0.0f, mask_at[t][h] = 0;
         if (own >= b.last) continue;
         const RowPlace at = row_place(p, b, own);
-        start[t][h] = key_start(p, at.token);
-        limit[t][h] = key_limit(p, at.token);
-        begin = min(begin, start[t][h]);
-        end = max(end, limit[t][h]);
-        full_begin = max(full_begin, start[t][h]);
-        full_end = min(full_end, limit[t][h]);
-        if (!kModified) continue;
         token[t][h] = at.token;
+        const int start = key_start(p, at.token), limit = key_limit(p, at.token);
+        begin = min(begin, start);
+        end = max(end, min(limit, stop));
+        full_begin = max(full_begin, start);
+        full_end = min(full_end, limit);
+        if (!kModified) continue;
         plane[t][h] = static_cast<uint32_t>(b.batch * p.heads + at.head);
         if (p.slopes)
           slope[t][h] = load(p.slopes + b.batch * p.slope_stride[0] + at.head * p.slope_stride[1]);
@@ -175,13 +175,12 @@ struct LaneRows {
       full_end = min(full_end, __shfl_xor_sync(kAllLanes, full_end, distance));
     }
   }
-  // No key from `limit_of_all` on counts.
-  __device__ __forceinline__ void clip(int limit_of_all) {
-    end = min(end, limit_of_all);
-    full_end = min(full_end, limit_of_all);
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      limit[t][0] = min(limit[t][0], limit_of_all), limit[t][1] = min(limit[t][1], limit_of_all);
+  __device__ __forceinline__ bool sees(const Attention& p, int t, int h, int key) const {
+    const int shift = static_cast<int>(p.keys - p.queries);
+    const int least = p.left < 0 ? -kNoBound : shift - static_cast<int>(p.left);
+    const int most = p.right < 0 ? kNoBound : shift + static_cast<int>(p.right);
+    const int distance = key - token[t][h];
+    return key < stop && distance >= least && distance <= most;
   }
 };
 
@@ -225,7 +224,9 @@ struct Attend {
                                        int q_row, const KTile& k, const VTile& v, int at, int key) {
     if (key >= rows.end || key + kKeys <= rows.begin) return;
     float s[kTiles][kKeys / 8][4] = {};
-#pragma unroll
+    // Of wide tiles not all at once: ptxas would read ahead as far as it sees, and spill.
+    constexpr int kAhead = kDim <= 96 ? kDim / 16 : 4;
+#pragma unroll(kAhead)
     for (int d = 0; d < kDim; d += 16) {
       uint32_t a[kTiles][4];
 #pragma unroll
@@ -239,7 +240,7 @@ struct Attend {
       }
     }
     if constexpr (kModified) modify(p, rows, key, s);
-    if (key < rows.full_begin || key + kKeys > rows.full_end) cut(rows, key, s);
+    if (key < rows.full_begin || key + kKeys > rows.full_end) cut(p, rows, key, s);
     weigh(factor(p), s);
     if constexpr (kModified) {
       if (p.dropout.active) drop(p, rows, key, s);
@@ -274,10 +275,10 @@ struct Attend {
   }
 
   // -inf where a row does not see the key.
-  __device__ static __forceinline__ void cut(const Lane& rows, int key,
+  __device__ static __forceinline__ void cut(const Attention& p, const Lane& rows, int key,
                                              float (&s)[kTiles][kKeys / 8][4]) {
     for_scores(key, [&](int t, int h, int n, int i, int own) {
-      if (own < rows.start[t][h] || own >= rows.limit[t][h]) s[t][n][i] = -INFINITY;
+      if (!rows.sees(p, t, h, own)) s[t][n][i] = -INFINITY;
     });
   }
 
@@ -302,7 +303,7 @@ struct Attend {
     }
     if (p.mask.data) {
       for_scores(key, [&](int t, int h, int n, int i, int own) {
-        if (own < rows.start[t][h] || own >= rows.limit[t][h]) return;
+        if (!rows.sees(p, t, h, own)) return;
         const float m = element(p.mask, rows.mask_at[t][h] + own * p.mask_stride[3]);
         // Compared, not only added: a dropped key stays dropped where its score is inf or NaN.
         if (p.mask.type == kBool ? m == 0.0f : m == -INFINITY) {

@@ -88,6 +88,13 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same number, of which the compiler knows nothing more: what is computed from it in a loop is
+// computed there, where it would otherwise be kept in registers that a kernel has not.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+  return x;
+}
+
 // Two numbers rounded to nearest even, the first in the lower half.
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
   uint32_t pair;

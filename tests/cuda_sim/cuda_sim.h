@@ -71,17 +71,10 @@ inline To bit_cast(From from) {
 }
 
 inline float half_to_float(uint16_t h) {
-  const int exponent = h >> 10 & 31;
-  const float fraction = static_cast<float>(h & 1023);
-  float value;
-  if (exponent == 31) {
-    value = h & 1023 ? NAN : INFINITY;
-  } else if (exponent == 0) {
-    value = std::ldexp(fraction, -24);
-  } else {
-    value = std::ldexp(fraction + 1024.0f, exponent - 25);
-  }
-  return h & 0x8000 ? -value : value;
+  const uint32_t sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * static_cast<float>(fraction);
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
 
 // To nearest, ties to even.

@@ -98,6 +98,8 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   twin::mma(d, a, b, false);
 }
 
+inline int opaque(int x) { return x; }
+
 inline uint32_t pack(float low, float high, __nv_bfloat16) {
   return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
 }
