@@ -47,8 +47,14 @@ class Block(nn.Module):
         return x + self.down(llmops.swiglu(self.gate(h), self.up(h)))
 
 
+def tell(what: str, found: Tensor, expected: Tensor) -> None:
+    apart = (found - expected).detach().abs().max()
+    dist.all_reduce(apart, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} processes with {what} each: apart by {apart:.0e} at most")
+
+
 def main() -> None:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # the same weights and data everywhere
     block, x = Block(), torch.randn(2, TOKENS, WIDTH)
     expected = block(x)
@@ -57,16 +63,16 @@ def main() -> None:
     mine = shard_sequence(x, 1, causal=True)
     positions = sequence_positions(TOKENS, causal=True)
     found = block(mine, context_parallel_attention, positions)
-    apart = (found - shard_sequence(expected, 1, causal=True)).abs().max()
-    print(f"rank {rank} of {ranks}: {mine.shape[1]} of {TOKENS} tokens, apart by {apart:.0e}")
+    tell(f"{mine.shape[1]} of {TOKENS} tokens", found, shard_sequence(expected, 1, causal=True))
 
     # Heads and columns: each process has its part of the weights and all tokens.
     columns = dict.fromkeys(("q", "k", "v", "gate", "up"), ColwiseParallel())
     rows = dict.fromkeys(("out", "down"), RowwiseParallel())
-    parallelize_module(block, init_device_mesh("cpu", (ranks,)), {**columns, **rows})
-    apart = (block(x) - expected).abs().max()
-    weight = tuple(block.q.weight.to_local().shape)
-    print(f"rank {rank} of {ranks}: weights {weight} of {(WIDTH, WIDTH)}, apart by {apart:.0e}")
+    parallelize_module(
+        block, init_device_mesh("cpu", (dist.get_world_size(),)), {**columns, **rows}
+    )
+    rows = block.q.weight.to_local().shape[0]
+    tell(f"{rows} of {WIDTH} rows of q's weight", block(x), expected)
     dist.destroy_process_group()
 
 

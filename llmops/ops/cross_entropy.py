@@ -69,6 +69,9 @@ def cross_entropy(
     error of 1e-6 in every softmax - target); the backward writes the gradient and nothing else of
     its size. Under autocast the loss is fp32, as torch's.
 
+    DTensors: input may be split by rows or by classes; then nothing of its size travels. The mean
+    is that over the rows of all ranks.
+
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Szegedy et
     al., 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
     """

@@ -77,6 +77,9 @@ def linear_cross_entropy(
     the chunks; the mean's division and a loss scale enter after that, with one rounding, so that
     fp16 does not underflow.
 
+    DTensors: input may be split by rows, linear_weight by classes; in the second case each rank
+    holds its classes' logits, [N, V / ranks], at once.
+
     Source: Hsu et al., "Liger Kernel", 2024; Wijmans et al., "Cut Your Losses in Large-Vocabulary
     Language Models", 2024.
     """
