@@ -1,7 +1,7 @@
 // What the kernels of attention's backward share: which queries and keys see each other, the step
 // from a strip of scores and dP to P and dS, and the products before and after it.
 //
-// A warp holds strips of 16 rows of a resident tile against kStrip rows of one that passes by:
+// A warp holds strips of 16 rows of a resident tile against 16 or 32 of one that passes by:
 // queries in rows and keys in columns where dQ is summed, keys in rows where dK and dV are. Lane l
 // has of each 16 x 8 the elements [l / 4 (+ 8)][l % 4 * 2 (+ 1)]. What comes out is rounded in
 // registers and is the first factor of the next products: P and dS never go through memory.
@@ -23,6 +23,8 @@ struct BackwardShape {
   static constexpr int kHeld = 64;
   static constexpr int kPassing = kDim <= 96 ? 64 : 32;
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
+  static_assert(4 * kDim * (kHeld + kStages * kPassing) + 12 * kStages * kPassing <= 99 << 10,
+                "what a block may have on every GPU from sm_80 on, with three numbers of a row");
 };
 // [begin, end): what any row of a tile sees; the tile's first row is `first`, of `count`.
 struct Span {
