@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,5 +369,23 @@ def test_patched_model_exports(name: str) -> None:
         program = torch.export.export(model, (), {**given, **more}, strict=False)
         assert "llmops" in str(program.graph)
         got = program.module()(**given, **more).logits
+    mask = given["attention_mask"].bool()
+    assert distance(got[mask], logits(model, given)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_patched_model_aot_inductor(name: str, tmp_path: Path) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    llmops.patch(model)
+    given = inputs(family)
+    more = {"return_dict": False} if name == "bert" else {"return_dict": False, "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {**given, **more}, strict=False)
+        file = str(tmp_path / "model.pt2")
+        path = torch._inductor.aoti_compile_and_package(program, package_path=file)
+        got = torch._inductor.aoti_load_package(path)(**given, **more)[0]
     mask = given["attention_mask"].bool()
     assert distance(got[mask], logits(model, given)) < 1e-5
