@@ -30,7 +30,7 @@ struct Rows {
   int type = kF32;
   int64_t stride_a = 0, stride_b = 0, stride_c = 0;
   int64_t step = 1;  // from column to column, 0 where it is broadcast
-  Divisor size_b, size_c;
+  Divisor size_b{}, size_c{};
 
   int64_t element_bytes() const { return type == kF32 ? 4 : (type == kBool ? 1 : 2); }
   // Whether all rows of n elements can be read eight elements at a time, by 16-byte accesses.
