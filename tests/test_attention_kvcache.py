@@ -24,7 +24,9 @@ def _pages(cache: Tensor, lengths: Tensor, leftpad: Tensor, page: int) -> tuple[
     """The cache in shuffled pages, NaN wherever nothing is held; -1 where no page is mapped."""
     batch, heads, longest, dim = cache.shape
     width = -(-longest // page)
-    blocks = torch.randperm(batch * width + 2)
+    # The same for keys and values: one table serves both.
+    generator = torch.Generator(cache.device).manual_seed(0)
+    blocks = torch.randperm(batch * width + 2, generator=generator, device=cache.device)
     table = torch.full((batch, width), -1)
     paged = torch.full((len(blocks), heads, page, dim), math.nan, dtype=cache.dtype)
     for b in range(batch):

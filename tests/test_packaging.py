@@ -1,7 +1,7 @@
 """Installs, each as a user would do it, in environments of their own.
 
 One full build takes a minute or two, so the steps share one copy of the tree and one environment
-where that is how they are used.
+where that is how they are used, and the compiler does not optimize.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ USE = (
     "assert torch.allclose(y.sum(-1), torch.ones(3)); "
     "import llmops.kernels.triton; print(llmops.__file__)"
 )
+
+# How fast the kernels are is no matter here, and these flags come last.
+BUILD = {"CXXFLAGS": "-O0"}
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +78,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bare(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pip install torch==2.13.0 .` in a bare environment, with build isolation."""
     python = new_environment(tmp_path_factory.mktemp("bare") / "env")
-    run(python, "-m", "pip", "install", TORCH, ".", cwd=tree)
+    run(python, "-m", "pip", "install", TORCH, ".", cwd=tree, **BUILD)
     return python
 
 
@@ -86,7 +89,7 @@ def artifacts(bare: Path, tree: Path, tmp_path_factory: pytest.TempPathFactory) 
     run(bare, "-m", "pip", "install", "build", "setuptools>=77", "ninja", cwd=folder)
     run(bare, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree, cwd=folder)
     (sdist,) = folder.glob("*.tar.gz")
-    run(bare, "-m", "pip", "wheel", "--no-deps", "-w", folder, sdist, cwd=folder)
+    run(bare, "-m", "pip", "wheel", "--no-deps", "-w", folder, sdist, cwd=folder, **BUILD)
     return folder
 
 
@@ -96,7 +99,8 @@ def test_install_bare_environment(bare: Path, tmp_path: Path) -> None:
 
 
 def test_install_beside_torch_downloads_no_second_torch(bare: Path, tree: Path) -> None:
-    log = run(bare, "-m", "pip", "install", "-v", "--force-reinstall", "--no-deps", ".", cwd=tree)
+    options = ("-v", "--force-reinstall", "--no-deps")
+    log = run(bare, "-m", "pip", "install", *options, ".", cwd=tree, **BUILD)
     assert "Successfully installed llmops-kernels" in log
     assert not re.search(r"(Collecting|Downloading|Processing) .*\btorch\b", log), log[-4000:]
 
@@ -161,7 +165,8 @@ def test_bench_runs_from_an_installed_wheel(from_wheel: Path, tmp_path: Path) ->
 
 def test_editable_without_isolation(bare: Path, tree: Path, tmp_path: Path) -> None:
     """Last, as it builds inside the tree."""
-    log = run(bare, "-m", "pip", "install", "-v", "--no-build-isolation", "-e", ".", cwd=tree)
+    options = ("-v", "--no-build-isolation")
+    log = run(bare, "-m", "pip", "install", *options, "-e", ".", cwd=tree, **BUILD)
     assert "Successfully installed llmops-kernels" in log
     assert str(tree) in run(bare, "-c", USE, cwd=tmp_path)
     # From the root too, now that the tree is built.
@@ -170,7 +175,7 @@ def test_editable_without_isolation(bare: Path, tree: Path, tmp_path: Path) -> N
 
 def test_touching_one_kernel_rebuilds_only_it(bare: Path, tree: Path) -> None:
     (tree / "csrc/cpu/softmax.cpp").touch()
-    log = run(bare, "setup.py", "build_ext", "--inplace", cwd=tree)
+    log = run(bare, "setup.py", "build_ext", "--inplace", cwd=tree, **BUILD)
     built = re.findall(r"^\[\d+/\d+\] cxx .*/(\S+\.o)$", log, re.MULTILINE)
     assert {b.split(".")[0] for b in built} <= {"softmax"}, log[-3000:]
 
