@@ -225,7 +225,8 @@ def _patch_once() -> None:
 
 
 def _check_integers() -> None:
-    """As stock, sums and products of integers that do not fit raise; found with fewer steps."""
+    """Sums and products of signed integers that do not fit raise, as in stock, with fewer steps;
+    unsigned ones wrap, as in C: `sample` takes the distance of two keys so."""
     kinds: dict[str, Any] = {}
     stock = interpreter._get_np_dtype
 
@@ -237,7 +238,7 @@ def _check_integers() -> None:
 
     def check(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
         kind = lhs.type.scalar
-        if kind.int_bitwidth >= 64:
+        if kind.int_bitwidth >= 64 or kind.is_int_unsigned():
             return
         exact = EXACT[binary_op.__name__](
             lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64)
