@@ -193,7 +193,23 @@ def test_patch_timm(timm: Any) -> None:
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-COMPILED = ["gemma2", "bert", "bloom", "t5", "gpt2"]
+COMPILED = [
+    "gemma2",
+    "bert",
+    "bloom",
+    "t5",
+    "gpt2",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma3",
+    "gpt_neox",
+    "gpt_oss",
+    "opt",
+    "roberta",
+    "bart",
+]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +239,21 @@ def test_patched_transformers_compile_fullgraph(name: str) -> None:
             assert distance(got, expected) < 1e-5
     assert len(graphs) <= 2, len(graphs)
     assert "llmops.attention" in str(graphs[-1].graph)
+
+
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_patched_transformers_of_one_size_compile_fullgraph(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    llmops.patch(model)
+    given = inputs(family, None)
+    more = {} if name == "vit" else {"use_cache": False}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got, expected = (m(**given, **more).logits for m in (compiled, model))
+    assert distance(got, expected) < 1e-5
 
 
 @pytest.mark.rotating
