@@ -195,3 +195,23 @@ def test_linear_reads_nothing_past_its_inputs(target: Target) -> None:
         check=False,
     )
     assert run.stdout == "done\n", (run.returncode, run.stderr)
+
+
+def test_linear_kernel_in_a_forked_child_waits_for_nobody() -> None:
+    """torch's own product does wait there for ever (the kit's reason to leave linear out); ours,
+    with work enough for several threads, must not."""
+    code = """
+import os, signal, torch, llmops
+torch.set_num_threads(2)
+x, w = torch.randn(8, 1024), torch.randn(1024, 1024)
+llmops.softmax(x)  # loads the extension
+kernel = torch.ops.llmops_cpu.linear
+want = kernel(x, w)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if torch.equal(kernel(x, w), want) else 3)
+print("child", os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["child", "0"], done.stdout + done.stderr

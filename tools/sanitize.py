@@ -44,7 +44,10 @@ def run(family: str, sanitizer: str) -> bool:
     print(f"== {family} under {SANITIZERS[sanitizer]}", flush=True)
     stems = FAMILIES[family].split()
     folder = ROOT / "build" / sanitizer
-    setting = {**os.environ, "LLMOPS_SANITIZE": sanitizer, "LLMOPS_SANITIZE_ONLY": " ".join(stems)}
+    # The build instruments the best instruction set: no other one may be what runs.
+    setting = {k: v for k, v in os.environ.items() if k != "LLMOPS_CPU_ISA"}
+    best = _best(setting)
+    setting |= {"LLMOPS_SANITIZE": sanitizer, "LLMOPS_SANITIZE_ONLY": " ".join(stems)}
     build = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)]
     subprocess.run(build, cwd=ROOT, env=setting, check=True)
     files = [str(f) for s in stems for f in sorted((ROOT / "tests").glob(f"test_{s}*.py"))]
@@ -55,7 +58,7 @@ def run(family: str, sanitizer: str) -> bool:
         "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "4",
     }
-    chosen = f"{_best()} and (matches or gradients)"
+    chosen = f"{best} and (matches or gradients)"
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     # No ASLR: ThreadSanitizer's shadow does not fit every layout of a recent kernel.
     command = ["setarch", "-R", *tests, "-k", chosen, "--capture=sys"]
@@ -67,9 +70,11 @@ def _runtime(name: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _best() -> str:
+def _best(setting: dict[str, str]) -> str:
     command = [sys.executable, "-c", "from llmops.backends import cpu; print(cpu.isa())"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=setting, check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 
@@ -79,6 +84,9 @@ def main() -> int:
     parser.add_argument("--only", choices=SANITIZERS, help="this sanitizer")
     parser.add_argument("--part", default="all", help="as LLMOPS_TEST_PART: head/10, 3/10, all")
     arguments = parser.parse_args()
+    unknown = [f for f in arguments.families if f not in FAMILIES]
+    if unknown:
+        parser.error(f"no family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
     runs = [(f, s) for f in arguments.families or FAMILIES for s in SANITIZERS]
     runs = [r for r in runs if arguments.only in (None, r[1])]
     part = rotation.parse(arguments.part)
