@@ -70,6 +70,9 @@ class _State(threading.local):
 
 
 state = _State()
+# One entry per request that is open in any thread: while there is none, which is nearly always, no
+# one need ask for this thread's, which costs more.
+opened: list[Any] = []
 _is_compiling = torch.compiler.is_compiling
 _table: dict[Any, str] = {}
 _warned: set[tuple[str, str]] = set()
@@ -106,11 +109,13 @@ class use_backend:
 
     def __enter__(self) -> use_backend:
         self.previous.append(state.requested)
+        opened.append(self.name)
         state.requested = self.name
         return self
 
     def __exit__(self, *exc: object) -> None:
         state.requested = self.previous.pop()
+        opened.pop()
 
 
 def resolve(
@@ -272,6 +277,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Decision
         function = getattr(llmops, op)
     assert callable(function)
     previous = state.requested
+    opened.append(op)
     state.requested = _Explain(previous if isinstance(previous, str) else _environment())
     try:
         function(*args, **kwargs)
@@ -279,6 +285,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Decision
         return explained.decision
     finally:
         state.requested = previous
+        opened.pop()
     raise ValueError(f"llmops.explain: {op!r} does not choose a backend")
 
 

@@ -10,6 +10,9 @@ template <class T>
 LLMOPS_INLINE void widen(int64_t n, const T* in, float offset, float* out) {
   const Vec shift = set1(offset);
   int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) store(out + i + j * W, load(in + i + j * W) + shift);
+  }
   for (; i + W <= n; i += W) store(out + i, load(in + i) + shift);
   const int left = static_cast<int>(n - i);
   store_n(out + i, load_n(in + i, left) + shift, left);

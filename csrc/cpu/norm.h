@@ -23,7 +23,7 @@ struct NormParams {
 struct NormForwardRows {
   const void *x, *residual;  // residual: null without
   void *y, *h;               // h: null without residual
-  float* scratch;            // [n]
+  float* scratch;            // [n]; null without residual
   int64_t x_step, residual_step, y_step, h_step;
   int64_t count;
 };

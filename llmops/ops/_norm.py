@@ -55,11 +55,6 @@ def _refuse(op: str, name: str, x: Tensor, shape: tuple[int, ...], parameter: An
     _check.same_device(op, "x", x, name, parameter)
 
 
-def is_last(x: Tensor, normalized_shape: Any) -> bool:
-    """Whether normalized_shape is x's last dimension alone, as an int or a tuple."""
-    return x.dim() > 0 and normalized_shape in (x.size(-1), (x.size(-1),))
-
-
 def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
     _check.floating(op, "residual", residual)
     if residual.shape != x.shape:

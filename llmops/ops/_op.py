@@ -16,6 +16,7 @@ torch.func.vjp of its plain PyTorch form.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,14 @@ from torch.nn import Parameter
 
 from llmops import backends, dispatch
 
+try:
+    _native: Any = importlib.import_module("llmops._C")
+except ImportError:  # backends/_extension.py says why, to whoever asks for its kernels
+    _native = None
+_shortcut = getattr(_native, "shortcut", None)
+# is_last(x, weight, sizes): whether `sizes`, an int or a tuple, is x's last dimension alone.
+is_last: Any = getattr(_native, "is_last", None)
+
 LIBRARY = torch.library.Library("llmops", "FRAGMENT")
 
 # Tensor types without behaviour of their own: these may skip the dispatcher's Python layers.
@@ -33,6 +42,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+# Half the price of is_compiling: a front door asks it before its shortcut, which a graph cannot
+# hold. Non-strict export shows as a mode.
+is_tracing = torch.compiler.is_dynamo_compiling
 _forward_ad = torch.autograd.forward_ad
 _autocast = torch._C._is_any_autocast_enabled
 
@@ -127,14 +139,16 @@ def refuse_transforms(op: str, remedy: str, *written: Tensor) -> None:
         )
 
 
-def shortcut(op: str, features: tuple[str, ...] = ()) -> Callable[..., Any]:
+def shortcut(
+    op: str, features: tuple[str, ...] = (), *, autocast: bool = False
+) -> Callable[..., Any]:
     """A function that gives the raw CPU kernel of `op`, for a call that wants its result only.
 
     At decode sizes a call is all overhead, so the front doors of small ops try this first and check
     nothing: the raw operator checks all that keeps memory safe, and where it raises, the long way
     checks again and says what the user should read.
 
-    >>> raw = _raw(x, weight)  # _raw = shortcut("op")
+    >>> raw = None if is_tracing() else _raw(x, weight)  # _raw = shortcut("op")
     >>> if raw is not None:
     ...     try:
     ...         return raw(x, weight)
@@ -142,8 +156,9 @@ def shortcut(op: str, features: tuple[str, ...] = ()) -> Callable[..., Any]:
     ...         pass  # the checks below say what is wrong
 
     The function returns None where anything stands between the raw operator and this call: another
-    backend, a gradient, a compiler, a mode, autocast, another device, a tensor type of its own. Its
-    first argument decides the dtype; the others may ask for a gradient, too.
+    backend, a gradient, a compiler, a mode, another device, a tensor type of its own. Its
+    first argument decides the dtype; the others may ask for a gradient, too. `autocast`: whether
+    it changes this op on a CPU, and so stands between, too; asking costs as much as all the rest.
     """
     table: dict[torch.dtype, Any] = {}
     dispatch.on_clear(table.clear)
@@ -151,46 +166,19 @@ def shortcut(op: str, features: tuple[str, ...] = ()) -> Callable[..., Any]:
     def find(dtype: torch.dtype) -> Any:
         call = dispatch.Call(op, "cpu", dtype, features)
         if dispatch.decide(call, dispatch.requested() or "auto").backend != "cpu":
-            return False
-        overload = getattr(backends.get("cpu"), op)
-        # Less the Python frame of OpOverload.__call__, which only passes the arguments on.
-        return getattr(overload, "_op", overload)
+            table[dtype] = False
+        else:
+            overload = getattr(backends.get("cpu"), op)
+            # Less the Python frame of OpOverload.__call__, which only passes the arguments on.
+            table[dtype] = getattr(overload, "_op", overload)
+        return table[dtype]
 
-    # Names bound as locals: a global or an attribute costs more, and this is all of the overhead.
-    def raw(
-        x: Any,
-        *others: Any,
-        state: Any = dispatch.state,
-        # Half the price of is_compiling; non-strict export shows as a mode.
-        is_compiling: Any = torch.compiler.is_dynamo_compiling,
-        modes: Any = _dispatch_modes,
-        forward_ad: Any = _forward_ad,
-        autocast: Any = _autocast,
-        grad_enabled: Any = _is_grad_enabled,
-        plain: Any = _PLAIN,
-    ) -> Any:
-        if (
-            is_compiling()
-            or type(x) not in plain
-            or not x.is_cpu
-            or state.requested is not None
-            or modes()
-            or forward_ad._current_level >= 0
-            or autocast()
-        ):
-            return None
-        if grad_enabled():
-            if x.requires_grad:
-                return None
-            for other in others:
-                if other is not None and (type(other) not in plain or other.requires_grad):
-                    return None
-        found = table.get(x.dtype)
-        if found is None:
-            found = table[x.dtype] = find(x.dtype)
-        return found or None
-
-    return raw
+    if _shortcut is None:
+        return lambda *tensors: None
+    return _shortcut(  # type: ignore[no-any-return]
+        table, find, dispatch.opened, dispatch.state, _forward_ad, _dispatch_modes,
+        _autocast if autocast else None, _is_grad_enabled, *_PLAIN,
+    )  # fmt: skip
 
 
 def _functions(name: str, forward: Any, setup: Any, backward: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 
 
 def attention(
@@ -99,7 +99,7 @@ def attention(
         or sinks is not None
         or dropout_p != 0.0
     )
-    if backend is None and mask is None and not modified:
+    if backend is None and mask is None and not modified and not is_tracing():
         raw = _attention_raw(q, k, v)
         if raw is not None:
             try:
@@ -285,7 +285,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None
 # ---- the operators -------------------------------------------------------------------------------
 
 
-_attention_raw = shortcut("attention")
+_attention_raw = shortcut("attention", autocast=True)
 
 
 def _heads_like(like: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _sequences
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 from llmops.ops.attention import PLAIN, _heads_like, _laid_out, checked_modifiers
 
 _OP = "attention_kvcache"
@@ -82,7 +82,9 @@ def attention_kvcache(
     flash_attn_with_kvcache counts the same way when it is given no new k and v.
     """
     plain = window is None and alibi_slopes is None and softcap is None and sinks is None
-    raw = _raw(q, k_cache, v_cache, cache_seqlens) if plain and backend is None else None
+    raw = None
+    if plain and backend is None and not is_tracing():
+        raw = _raw(q, k_cache, v_cache, cache_seqlens)
     if raw is not None:
         try:
             if scale is None:
@@ -150,7 +152,7 @@ def _check_tensors(
 
 # ---- the operator --------------------------------------------------------------------------------
 
-_raw = shortcut(_OP, ("causal",))
+_raw = shortcut(_OP, ("causal",), autocast=True)
 
 
 def _reference(

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _check, _dtensor
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -48,7 +48,7 @@ def embedding(
     Numerics: the sum with a position is fp32, rounded once. The gradients are dense, added in fp32
     in the order of the tokens, so that they are the same bits for any number of threads.
     """
-    if backend is None and padding_idx is None and positions is None:
+    if backend is None and padding_idx is None and positions is None and not is_tracing():
         raw = _embedding_raw(weight, tokens, position_weight)
         if raw is not None:
             try:

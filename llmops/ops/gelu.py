@@ -9,7 +9,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _check
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 
 
 def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) ->
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    raw = _gelu_raw(x) if backend is None else None
+    raw = _gelu_raw(x) if backend is None and not is_tracing() else None
     if raw is not None and approximate in ("none", "tanh"):
         return raw(x, approximate == "tanh")  # type: ignore[no-any-return]
     _check.floating("gelu", "x", x)

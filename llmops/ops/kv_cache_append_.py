@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _sequences
-from llmops.ops._op import LIBRARY, refuse_transforms, shortcut
+from llmops.ops._op import LIBRARY, is_tracing, refuse_transforms, shortcut
 
 _OP = "kv_cache_append_"
 _is_compiling = torch.compiler.is_compiling
@@ -56,7 +56,9 @@ def kv_cache_append_(
         sequence that do not fit Tmax or the block table, and those whose block the cache has not,
         are not written, and two sequences that name one block overwrite each other.
     """
-    raw = _raw(k, v, k_cache, v_cache, cache_seqlens) if backend is None else None
+    raw = None
+    if backend is None and not is_tracing():
+        raw = _raw(k, v, k_cache, v_cache, cache_seqlens)
     if raw is not None:
         try:
             if block_table is None:  # a None left out is an argument less to convert

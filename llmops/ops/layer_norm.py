@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _norm
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_last, is_tracing, shortcut
 
 
 def layer_norm(
@@ -49,10 +49,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
-    raw = _layer_norm_raw(x, weight, bias) if backend is None else None
-    # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
-    if raw is not None and (last or _norm.is_last(x, normalized_shape)):
+    raw = _layer_norm_raw(x, weight, bias) if backend is None and not is_tracing() else None
+    if raw is not None and is_last(x, weight, normalized_shape):
         try:
             return raw(x, weight, bias) if eps == 1e-5 else raw(x, weight, bias, eps)
         except RuntimeError:
@@ -94,10 +92,10 @@ def add_layer_norm(
     Raises, numerics: as `layer_norm`. Gradients of y and of h are taken together in one pass; x and
     the residual receive the same gradient.
     """
-    raw = _add_layer_norm_raw(x, residual, weight, bias) if backend is None else None
-    # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
-    if raw is not None and (last or _norm.is_last(x, normalized_shape)):
+    raw = None
+    if backend is None and not is_tracing():
+        raw = _add_layer_norm_raw(x, residual, weight, bias)
+    if raw is not None and is_last(x, weight, normalized_shape):
         try:
             return raw(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
         except RuntimeError:
@@ -147,7 +145,8 @@ def _gradients(
     """_layer_norm_bwd; the usual case, the raw operator's defaults, by the short way. Code that a
     pass over the rows has driven out of the cache is slow: at 512 x 768, where torch takes 290 us,
     the long way costs 10."""
-    if backend == "cpu" and dims == 1 and need_h and not need_x and need_params:
+    usual = backend == "cpu" and dims == 1 and need_h and not need_x and need_params
+    if usual and not is_tracing():
         raw = _layer_norm_bwd_raw(dy, h, dh, weight, bias)
         if raw is not None:
             return raw(dy, h, dh, weight, bias, eps)  # type: ignore[no-any-return]

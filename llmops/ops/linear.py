@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 
 # Up to here a call is bound by reading W, and the kernel reads it once.
 FEW_ROWS = 8
@@ -45,7 +45,7 @@ def linear(
     subnormal products flush to zero. Gradients are torch's own matrix products. Under autocast
     computed in autocast's dtype, as F.linear is.
     """
-    raw = _few_rows_raw(x, weight, bias) if backend is None else None
+    raw = _few_rows_raw(x, weight, bias) if backend is None and not is_tracing() else None
     if raw is not None and _is_few_rows(x, weight):
         try:
             return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
@@ -162,7 +162,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *(None if g is None else g.to(dtype) for g in (dx, dweight, dbias)), None
 
 
-_few_rows_raw = shortcut("linear", ("few rows",))
+_few_rows_raw = shortcut("linear", ("few rows",), autocast=True)
 _linear = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     forward=_forward,

@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _norm
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_last, is_tracing, shortcut
 
 
 def rms_norm(
@@ -50,10 +50,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    raw = _rms_norm_raw(x, weight) if backend is None else None
-    # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
-    if raw is not None and weight_offset == 0.0 and (last or _norm.is_last(x, normalized_shape)):
+    raw = _rms_norm_raw(x, weight) if backend is None and not is_tracing() else None
+    if raw is not None and weight_offset == 0.0 and is_last(x, weight, normalized_shape):
         try:
             return raw(x, weight, _EPS if eps is None else eps)
         except RuntimeError:
@@ -97,10 +95,8 @@ def add_rms_norm(
     Raises, numerics: as `rms_norm`. Gradients of y and of h are taken together in one pass; x and
     the residual receive the same gradient.
     """
-    raw = _add_rms_norm_raw(x, residual, weight) if backend is None else None
-    # A weight's shape answers at half the price of x's; the raw operator compares the two.
-    last = isinstance(weight, Tensor) and raw is not None and weight.shape == normalized_shape
-    if raw is not None and weight_offset == 0.0 and (last or _norm.is_last(x, normalized_shape)):
+    raw = _add_rms_norm_raw(x, residual, weight) if backend is None and not is_tracing() else None
+    if raw is not None and weight_offset == 0.0 and is_last(x, weight, normalized_shape):
         try:
             return raw(x, residual, weight, _EPS if eps is None else eps)  # type: ignore[no-any-return]
         except RuntimeError:

@@ -11,7 +11,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 
 
 def softmax(
@@ -52,7 +52,8 @@ def softmax(
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018 (the three
     sweeps are done on a cache-resident row here, which costs memory one read and one write).
     """
-    if backend is None and dim == -1 and mask is None and not causal and dtype is None:
+    usual = backend is None and dim == -1 and mask is None and not causal and dtype is None
+    if usual and not is_tracing():
         raw = _softmax_raw(x)
         if raw is not None:
             try:

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import resolve
 from llmops.ops import _check
-from llmops.ops._op import Op, shortcut
+from llmops.ops._op import Op, is_tracing, shortcut
 from llmops.ops.gelu import check_approximate
 
 
@@ -34,7 +34,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    raw = _swiglu_raw(gate, up) if backend is None else None
+    raw = _swiglu_raw(gate, up) if backend is None and not is_tracing() else None
     if raw is not None:
         try:
             # An argument left to its default costs the call less than a None.
@@ -56,7 +56,7 @@ def geglu(
     backend: str | None = None,
 ) -> Tensor:
     """y = gelu(gate) up; approximate "none" or "tanh" as `gelu`, everything else as `swiglu`."""
-    raw = _geglu_raw(gate, up) if backend is None else None
+    raw = _geglu_raw(gate, up) if backend is None and not is_tracing() else None
     if raw is not None and approximate in ("none", "tanh"):
         try:
             return raw(gate, up, approximate == "tanh")  # type: ignore[no-any-return]
