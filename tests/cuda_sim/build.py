@@ -24,6 +24,7 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_sim"
 TORCH_TARGET = "0x020b000000000000"  # as setup.py has it
+MACHINE = ("scheduler.cpp", "fibers.cpp", "collectives.cpp", "memory.cpp")  # see machine.h
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -DLLMOPS_CUDA_SIM"
 
 
@@ -97,7 +98,7 @@ def library() -> Path:
     bindings = [*sorted((CSRC / "bindings" / "cuda").glob("*.cpp")), CSRC / "bindings/common.cpp"]
     sources = [(file, flags) for file in kernels()]
     sources += [(file, [*flags, *torch_flags]) for file in bindings]
-    sources += [(HERE / name, flags) for name in ("selftest.cu", "scheduler.cpp")]
+    sources += [(HERE / name, flags) for name in ("selftest.cu", *MACHINE)]
     sources.append((HERE / "module.cpp", [*flags, *python_flags]))
     # The longest first, for two compilers to end together.
     sources.sort(key=lambda one: -one[0].stat().st_size)

@@ -65,7 +65,7 @@ def users(file: Path) -> list[Path]:
 def program(folder: Path, changed: Path, compiled: Path, sanitizer: str = "") -> Path:
     """The driver with `compiled` in the place of the source `changed`."""
     own = SANITIZERS.get(sanitizer, [])
-    sources = [(HERE / name, [*FLAGS, *own]) for name in ("driver.cpp", "scheduler.cpp")]
+    sources = [(HERE / name, [*FLAGS, *own]) for name in ("driver.cpp", *build.MACHINE)]
     sources += [(k, FLAGS) for k in build.kernels() if k != changed]
     output = folder / f"driver.{changed.stem}.{sanitizer}"
     made = [str(o) for o in build.objects(sources)]

@@ -1,5 +1,6 @@
 // The machine of the simulator: a block's threads as fibers, its barriers, warp collectives, shared
-// memory and asynchronous copies. cuda_sim.h dresses it as CUDA; scheduler.cpp has it.
+// memory and asynchronous copies. cuda_sim.h dresses it as CUDA; machine.h says which
+// sources have it.
 //
 // Blocks run one after the other, in an order drawn from the seed. Within a block a warp is drawn,
 // and its lanes run, in an order drawn as well, each until it waits for others: between two points
@@ -51,7 +52,7 @@ struct Thread {
   const char* where;  // it waits
   const char* what;   // the collective
   uint32_t mask;
-  int parity[2];  // of its barriers and of its warp's: see tags in scheduler.cpp
+  int parity[2];  // of its barriers and of its warp's: see tags in machine.h
   unsigned char given[kSlot];
   Round* round;
   std::vector<Copy> copies;
