@@ -33,42 +33,26 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(Attention p)
   using S = Shape<kDim, kModified>;
   constexpr int kKeys = S::kKeys, kTiles = S::kTiles;
   using QTile = SharedTile<T, S::kRows, kDim>;
-  using KTile = SharedTile<T, kKeys, kDim>;
   LLMOPS_DYNAMIC_SHARED(T, memory);
   const QTile q{memory};
-  T* const staged = memory + QTile::kElements;
+  const KeyStages<T, kKeys, kDim> staged{memory + QTile::kElements};
   const QueryBlock b = query_block<S::kRows>(p, blockIdx.x);
   const int row = threadIdx.x / 32 * 16 * kTiles;  // the warp's first
-  const auto fetch = [&](int stage, int key) {
-    const int thread = opaque(threadIdx.x), batch = opaque(b.batch), head = opaque(b.kv_head);
-    const T* k_from = static_cast<const T*>(p.k) + batch * p.k_stride[0] + head * p.k_stride[1] +
-                      key * p.k_stride[2];
-    const T* v_from = static_cast<const T*>(p.v) + batch * p.v_stride[0] + head * p.v_stride[1] +
-                      key * p.v_stride[2];
-    const KTile k{staged + stage * 2 * KTile::kElements};
-    const KTile v{k.data + KTile::kElements};
-    load_tile<kThreads>(k, k_from, p.k_stride[2], b.end - key, static_cast<int>(p.dim), p.wide_kv,
-                        thread);
-    load_tile<kThreads>(v, v_from, p.v_stride[2], b.end - key, static_cast<int>(p.dim_v), p.wide_kv,
-                        thread);
-    cp_async_commit();
-  };
   LaneRows<kTiles, kModified> rows;
   rows.set(p, b, row);
   Attend<T, kDim, kTiles, kKeys, kModified> sums;
   sums.clear(p, b, row, true);
   if (b.begin < b.end) {
     load_queries<kThreads>(q, p, b);
-    fetch(0, b.begin);
+    staged.template fetch<kThreads>(p, b, 0, b.begin);
   }
   int stage = 0;
 #pragma unroll 1
   for (int key = b.begin; key < b.end; key += kKeys) {
     cp_async_wait<0>();
     __syncthreads();  // this tile is there for all, and nobody uses the other stage any more
-    if (key + kKeys < b.end) fetch(1 - stage, key + kKeys);
-    const KTile k{staged + stage * 2 * KTile::kElements};
-    const KTile v{k.data + KTile::kElements};
+    if (key + kKeys < b.end) staged.template fetch<kThreads>(p, b, 1 - stage, key + kKeys);
+    const auto k = staged.k(stage), v = staged.v(stage);
     sums.step(p, rows, q, row, k, v, 0, key);
     stage = 1 - stage;
   }

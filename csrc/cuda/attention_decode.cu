@@ -28,53 +28,37 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1) attention_decode_ker
   using S = Shape<kDim>;
   constexpr int kKeys = S::kKeys, kThreads = S::kThreads, kWarps = S::kWarps;
   using QTile = SharedTile<T, kRows, kDim>;
-  using KTile = SharedTile<T, kKeys, kDim>;
   LLMOPS_DYNAMIC_SHARED(T, memory);
   const QTile q{memory};
-  T* const staged = memory + QTile::kElements;
+  const KeyStages<T, kKeys, kDim> staged{memory + QTile::kElements};
   const int warp = threadIdx.x / 32, lane = lane_of_warp();
   const auto splits = static_cast<unsigned>(p.splits);
   const int split = static_cast<int>(blockIdx.x % splits);
   QueryBlock b = query_block<kRows>(p, blockIdx.x / splits);
   b.begin = static_cast<int>(b.begin + split * p.split_keys);
   b.end = min(b.end, static_cast<int>(b.begin + p.split_keys));
-  const auto fetch = [&](int stage, int key) {
-    const int thread = opaque(threadIdx.x), batch = opaque(b.batch), head = opaque(b.kv_head);
-    const T* k_from = static_cast<const T*>(p.k) + batch * p.k_stride[0] + head * p.k_stride[1] +
-                      key * p.k_stride[2];
-    const T* v_from = static_cast<const T*>(p.v) + batch * p.v_stride[0] + head * p.v_stride[1] +
-                      key * p.v_stride[2];
-    const KTile k{staged + stage * 2 * KTile::kElements};
-    const KTile v{k.data + KTile::kElements};
-    load_tile<kThreads>(k, k_from, p.k_stride[2], b.end - key, static_cast<int>(p.dim), p.wide_kv,
-                        thread);
-    load_tile<kThreads>(v, v_from, p.v_stride[2], b.end - key, static_cast<int>(p.dim_v), p.wide_kv,
-                        thread);
-    cp_async_commit();
-  };
   LaneRows<1, kModified> rows;
   rows.set(p, b, 0);
   Attend<T, kDim, 1, 16, kModified> sums;
   sums.clear(p, b, 0, warp == 0 && split == 0);
   if (b.begin < b.end) {
     load_queries<kThreads>(q, p, b);
-    fetch(0, b.begin);
+    staged.template fetch<kThreads>(p, b, 0, b.begin);
   }
   int stage = 0;
 #pragma unroll 1
   for (int key = b.begin; key < b.end; key += kKeys) {
     cp_async_wait<0>();
     __syncthreads();  // this tile is there for all, and nobody uses the other stage any more
-    if (key + kKeys < b.end) fetch(1 - stage, key + kKeys);
-    const KTile k{staged + stage * 2 * KTile::kElements};
-    const KTile v{k.data + KTile::kElements};
+    if (key + kKeys < b.end) staged.template fetch<kThreads>(p, b, 1 - stage, key + kKeys);
+    const auto k = staged.k(stage), v = staged.v(stage);
     sums.step(p, rows, q, 0, k, v, 16 * warp, key + 16 * warp);
     stage = 1 - stage;
   }
 
-  __syncthreads();                                         // the tiles are done with
-  float* const values = reinterpret_cast<float*>(staged);  // [warps, rows, dim]
-  float* const tops = values + kWarps * kRows * kDim;      // [warps, rows]
+  __syncthreads();                                              // the tiles are done with
+  float* const values = reinterpret_cast<float*>(staged.data);  // [warps, rows, dim]
+  float* const tops = values + kWarps * kRows * kDim;           // [warps, rows]
   float* const totals = tops + kWarps * kRows;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
