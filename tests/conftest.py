@@ -61,7 +61,8 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 
 # The CUDA kernels on CPU tensors, in the simulator of tests/cuda_sim: a target of the kit.
-if os.environ.get("LLMOPS_CUDA_SIM") == "1":
+SIMULATED = os.environ.get("LLMOPS_CUDA_SIM") == "1"
+if SIMULATED:
     from cuda_sim import build
 
     from llmops.backends import get
@@ -78,3 +79,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sim(one_thread: None) -> Any:
+    """The module of the CUDA simulator, for tests that call its kernels themselves and may set its
+    schedule. Afterwards it draws again, and for the kit another seed for every call."""
+    from cuda_sim import build
+
+    reason = build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    module = build.load()
+    yield module
+    module.schedule(another_each_time=SIMULATED)

@@ -8,25 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_sim import build
 from torch import Tensor
 
 from llmops import reference
 from llmops.testing import assert_close
 from llmops.testing.specs.attention import torch_attention
-
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-
-
-@pytest.fixture(scope="module")
-def sim() -> Any:
-    return build.load()
-
-
-@pytest.fixture(autouse=True)
-def _drawn(sim: Any, one_thread: None) -> Any:
-    yield
-    sim.schedule()
 
 
 def _tensors(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -9,21 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_sim import build
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 SEEDS = range(8)
-
-
-@pytest.fixture(scope="module")
-def sim() -> Any:
-    return build.load()
-
-
-@pytest.fixture(autouse=True)
-def _drawn(sim: Any) -> Any:
-    yield
-    sim.schedule()
 
 
 def call(sim: Any, name: str, x: torch.Tensor, y: torch.Tensor, n: int = 0) -> torch.Tensor:
