@@ -52,7 +52,7 @@ void softmax() {
 }
 
 void norm() {
-  for (int64_t n : {40, 601, 3000, 9000}) {
+  for (int64_t n : {40, 601, 3000, 9000, 9001}) {
     const cuda_sim::Session session;
     Call call(named("norm_fwd", n));
     NormForward p{};
@@ -63,6 +63,8 @@ void norm() {
     p.wide = p.x.wide(n) && p.h.wide(n);
     norm_fwd(p, nullptr);
   }
+}
+void norm_bwd() {
   for (int64_t n : {40, 601, 3000, 9000}) {
     const cuda_sim::Session session;
     Call call(named("norm_bwd", n));
@@ -76,7 +78,7 @@ void norm() {
     const int64_t sums = norm_bwd_programs(19, n) * n;
     p.weight_sums = call.floats(sums), p.bias_sums = call.floats(sums);
     p.wide = p.dy.wide(n) && p.h.wide(n);
-    norm_bwd(p, nullptr);
+    llmops::cuda::norm_bwd(p, nullptr);
   }
 }
 
@@ -246,6 +248,7 @@ struct Named {
 };
 const Named kFiles[] = {{"softmax", softmax},
                         {"norm", norm},
+                        {"norm_bwd", norm_bwd},
                         {"activation", activation},
                         {"attention_bwd", attention_bwd},
                         {"attention_bwd_dkdv", attention_bwd},

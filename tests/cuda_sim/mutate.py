@@ -80,13 +80,10 @@ def compile_changed(folder: Path, source: Path, mutation: Mutation | None, sanit
         return build.compiled(source, flags)
     text = mutation.file.read_text()
     text = text[: mutation.start] + "(void)0" + text[mutation.end :]
-    changed = folder / mutation.file.name
-    changed.write_text(text)
-    if mutation.file == source:
-        given = changed
-    else:  # beside the changed header, which is then the nearest
-        given = folder / source.name
-        given.write_text(source.read_text())
+    # Beside all headers of its folder, so that those find the changed one, too.
+    for file in (source, *source.parent.glob("*.h")):
+        (folder / file.name).write_text(text if file == mutation.file else file.read_text())
+    given = folder / source.name
     output = folder / f"{source.stem}.{sanitizer}.o"
     command = [*build.compiler(), *flags, f"-I{folder}", *build.includes()]
     build.run([*command, "-x", "c++", "-c", str(given), "-o", str(output)])

@@ -1,0 +1,223 @@
+// RMS norm and layer norm backward. Formulas: norm.h
+//
+// As many programs (warps with a row each, or blocks) as the device holds walk over the rows, each
+// with its own fp32 sums for the parameters: in registers, and beyond 4096 elements in memory,
+// where a thread meets its own columns only. A second kernel adds the programs' sums in their
+// order, so that the bits depend on the number of processors and nothing else. fp32 inside, rounded
+// once. Accesses per element: 3, and 4 with dh_in.
+#include "norm.h"
+
+#include "norm_rows.h"
+#include "tile.h"
+
+namespace llmops::cuda {
+namespace {
+
+template <class Tile>
+__device__ __forceinline__ void store_gradients(const NormBackward& p, int64_t row, int64_t begin,
+                                                int thread, float (&total)[Tile::kHeld]) {
+  const int64_t n = p.n - begin;
+  if (p.dh_in.data) {
+    float more[Tile::kHeld];
+    Tile::read(p.dh_in, place_of(p.dh_in, row) + begin, n, p.wide, thread, more, 0.0f);
+#pragma unroll
+    for (int i = 0; i < Tile::kHeld; ++i) total[i] += more[i];
+  }
+  if (p.dh.data) Tile::write(p.dh, place_of(p.dh, row) + begin, n, p.wide, thread, total);
+  if (p.dx.data) Tile::write(p.dx, place_of(p.dx, row) + begin, n, p.wide, thread, total);
+}
+
+// weight + offset of the columns from `begin` on; 1 where there is no weight.
+template <class Tile>
+__device__ __forceinline__ void factors(const NormBackward& p, int64_t begin, int thread,
+                                        float (&w)[Tile::kHeld]) {
+  if (p.weight.data) Tile::read(p.weight, begin, p.n - begin, p.wide, thread, w, 0.0f);
+#pragma unroll
+  for (int i = 0; i < Tile::kHeld; ++i) w[i] = p.weight.data ? w[i] + p.offset : 1.0f;
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kBlock<kThreads>, 1) norm_bwd_kernel(NormBackward p) {
+  using T = Tile<kThreads>;
+  constexpr int kRows = kRowsOfBlock<kThreads>;
+  const int thread = threadIdx.x % kThreads;
+  const int64_t program = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
+  const int64_t programs = static_cast<int64_t>(gridDim.x) * kRows;
+  const float count = static_cast<float>(p.n);
+  float w[T::kHeld], weight_sum[T::kHeld], bias_sum[T::kHeld];
+  factors<T>(p, 0, thread, w);
+#pragma unroll
+  for (int i = 0; i < T::kHeld; ++i) weight_sum[i] = bias_sum[i] = 0.0f;
+  for (int64_t row = program; row < p.rows; row += programs) {
+    float z[T::kHeld], g[T::kHeld];
+    T::read(p.h, place_of(p.h, row), p.n, p.wide, thread, z, 0.0f);
+    T::read(p.dy, place_of(p.dy, row), p.n, p.wide, thread, g, 0.0f);
+    const float rstd = deviations<kThreads>(z, p.n, p.wide, p.centered, p.eps, thread);
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) {
+      z[i] *= rstd;
+      weight_sum[i] = fmaf(g[i], z[i], weight_sum[i]);
+      bias_sum[i] += g[i];
+      g[i] *= w[i];
+      sums[0] = fmaf(g[i], z[i], sums[0]);
+      sums[1] += g[i];
+    }
+    row_sums<kThreads>(sums);
+    const float gz = sums[0] / count, mean = p.centered ? sums[1] / count : 0.0f;
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) g[i] = (g[i] - z[i] * gz - mean) * rstd;
+    store_gradients<T>(p, row, 0, thread, g);
+  }
+  // Where rows are wide, so are those of the sums, which are fp32.
+  const int64_t at = program * p.n;
+  if (p.weight_sums) {
+    const Rows to{p.weight_sums, kF32, p.n};
+    T::write(to, at, p.n, p.wide, thread, weight_sum);
+  }
+  if (p.bias_sums) {
+    const Rows to{p.bias_sums, kF32, p.n};
+    T::write(to, at, p.n, p.wide, thread, bias_sum);
+  }
+}
+
+// The means of d, d^2, g and g d over a row, d = h - shift.
+__device__ __forceinline__ void long_means(const NormBackward& p, int64_t row, float shift,
+                                           int thread, float (&means)[4]) {
+  using T = LongTile;
+  const int64_t h_at = place_of(p.h, row), dy_at = place_of(p.dy, row);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) means[k] = 0.0f;
+  for (int64_t begin = 0; begin < p.n; begin += T::kElements) {
+    float d[T::kHeld], g[T::kHeld], w[T::kHeld];
+    T::read(p.h, h_at + begin, p.n - begin, p.wide, thread, d, shift);
+    T::read(p.dy, dy_at + begin, p.n - begin, p.wide, thread, g, 0.0f);
+    factors<T>(p, begin, thread, w);
+#pragma unroll
+    for (int i = 0; i < T::kHeld; ++i) {
+      d[i] -= shift;
+      g[i] *= w[i];
+      means[0] += d[i];
+      means[1] = fmaf(d[i], d[i], means[1]);
+      means[2] += g[i];
+      means[3] = fmaf(g[i], d[i], means[3]);
+    }
+  }
+  row_sums<kLongThreads>(means);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) means[k] /= static_cast<float>(p.n);
+}
+
+__device__ __forceinline__ void add_to(float* sums, int64_t at, float value, bool first) {
+  store(sums + at, first ? value : load(sums + at) + value);
+}
+
+__global__ void __launch_bounds__(kLongThreads, 1) norm_bwd_long_kernel(NormBackward p) {
+  using T = LongTile;
+  const int thread = threadIdx.x;
+  const int64_t program = blockIdx.x;
+  for (int64_t row = program; row < p.rows; row += gridDim.x) {
+    const int64_t h_at = place_of(p.h, row), dy_at = place_of(p.dy, row);
+    float z[T::kHeld], g[T::kHeld], shift = 0.0f, means[4];
+    if (p.centered) {
+      T::read(p.h, h_at, p.n, p.wide, thread, z, 0.0f);
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) sum += z[i];
+      shift =
+          row_sum<kLongThreads>(sum) / static_cast<float>(p.n < T::kElements ? p.n : T::kElements);
+    }
+    long_means(p, row, shift, thread, means);
+    if (p.centered && unlike(means[0], means[1])) {
+      shift += means[0];
+      long_means(p, row, shift, thread, means);
+    }
+    const float left = p.centered ? means[0] : 0.0f, mean = p.centered ? means[2] : 0.0f;
+    const float square = means[1] - left * left;
+    const float rstd = rstd_of(square < 0.0f ? 0.0f : square, p.eps);
+    const float gz = (means[3] - left * mean) * rstd;
+    for (int64_t begin = 0; begin < p.n; begin += T::kElements) {
+      float w[T::kHeld];
+      T::read(p.h, h_at + begin, p.n - begin, p.wide, thread, z, 0.0f);
+      T::read(p.dy, dy_at + begin, p.n - begin, p.wide, thread, g, 0.0f);
+      factors<T>(p, begin, thread, w);
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i) {
+        const int64_t column = begin + T::column(p.wide, thread, i);
+        z[i] = (z[i] - shift - left) * rstd;
+        if (column < p.n && p.weight_sums)
+          add_to(p.weight_sums, program * p.n + column, g[i] * z[i], row == program);
+        if (column < p.n && p.bias_sums)
+          add_to(p.bias_sums, program * p.n + column, g[i], row == program);
+        g[i] = (g[i] * w[i] - z[i] * gz - mean) * rstd;
+      }
+      store_gradients<T>(p, row, begin, thread, g);
+    }
+  }
+}
+
+// dweight (block row 0) or dbias (1) of 32 columns: the programs' sums, in their order.
+constexpr int kSlices = 8;
+__global__ void __launch_bounds__(32 * kSlices, 1)
+    norm_sum_kernel(NormBackward p, int64_t programs) {
+  LLMOPS_SHARED(float, parts, 32 * kSlices);
+  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  const float* from = blockIdx.y == 0 ? p.weight_sums : p.bias_sums;
+  float sum = 0.0f;
+  if (column < p.n)
+    for (int64_t program = slice; program < programs; program += kSlices)
+      sum += load(from + program * p.n + column);
+  parts[slice * 32 + lane] = sum;
+  __syncthreads();
+  if (slice > 0 || column >= p.n) return;
+  for (int s = 1; s < kSlices; ++s) sum += parts[s * 32 + lane];
+  set_element(blockIdx.y == 0 ? p.dweight : p.dbias, column, sum);
+}
+
+// The longest rows that are held: beyond, a block has not the registers for its tiles.
+constexpr int64_t kLongestHeld = Tile<256>::kElements;
+
+}  // namespace
+
+// Blocks that fill the device once: 512 threads to a processor, for they take half its registers or
+// more.
+static int64_t backward_blocks(int64_t rows, int threads, int rows_of_block) {
+  const int64_t most = static_cast<int64_t>(processors()) * (512 / threads);
+  const int64_t needed = (rows + rows_of_block - 1) / rows_of_block;
+  return needed < most ? needed : most;
+}
+
+int64_t norm_bwd_programs(int64_t rows, int64_t n) {
+  if (n > kLongestHeld) return backward_blocks(rows, kLongThreads, 1);
+  int64_t programs = 0;
+  with_norm_threads<256>(n, [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value, kRows = kRowsOfBlock<kThreads>;
+    programs = backward_blocks(rows, kBlock<kThreads>, kRows) * kRows;
+  });
+  return programs;
+}
+
+int norm_bwd(const NormBackward& p, void* stream) {
+  if (p.rows == 0 || p.n == 0) return 0;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const int64_t programs = norm_bwd_programs(p.rows, p.n);
+  if (p.n > kLongestHeld) {
+    LLMOPS_LAUNCH(norm_bwd_long_kernel, grid_of(programs), kLongThreads, 0, s, p);
+  } else {
+    with_norm_threads<256>(p.n, [&](auto threads) {
+      constexpr int kThreads = decltype(threads)::value, kRows = kRowsOfBlock<kThreads>;
+      LLMOPS_LAUNCH(norm_bwd_kernel<kThreads>, grid_of(programs / kRows), kBlock<kThreads>, 0, s,
+                    p);
+    });
+  }
+  int status = static_cast<int>(cudaGetLastError());
+  if (status == 0 && p.weight_sums) {
+    const dim3 grid(static_cast<unsigned>((p.n + 31) / 32), p.bias_sums ? 2 : 1);
+    LLMOPS_LAUNCH(norm_sum_kernel, grid, 32 * kSlices, 0, s, p, programs);
+    status = static_cast<int>(cudaGetLastError());
+  }
+  return status;
+}
+
+}  // namespace llmops::cuda
