@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A provider's call: takes nothing, returns the results to compare.
+# A provider's call: takes nothing, returns the results to compare. Where another library's are
+# arranged in another way, its call has a member `comparable` that arranges them as ours are.
 Call = Callable[[], Any]
 
 
@@ -161,6 +162,7 @@ def outcome(case: Case, call: Call) -> list[Tensor] | None:
         with torch.no_grad():
             return flat(parts.function(*copies))
     results = call()
+    results = getattr(call, "comparable", lambda same: same)(results)
     results = flat(results if case.evidence is None else case.evidence(results))
     if parts is not None and parts.passes != "fwd":
         with torch.no_grad():
