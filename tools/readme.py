@@ -86,8 +86,9 @@ def _speed_of(file: Path, result: dict[str, Any]) -> str:
     lines = [
         f"{machine['cpu']}, {machine['isa']}, {threads} thread, torch {machine['torch']}, commit "
         f"{machine['commit']}{day}. Times as fast as PyTorch: median over the measured "
-        "shapes, lowest and highest in brackets; the last two columns with `THP_MEM_ALLOC_ENABLE=1`, which gives "
-        "torch's fresh outputs huge pages as ours have them. Every row, with microseconds, share "
+        "shapes, lowest and highest in brackets; the last two columns with "
+        "`THP_MEM_ALLOC_ENABLE=1`, which gives torch's fresh outputs huge pages as ours have them. "
+        "Every row, with microseconds, share "
         f"of the machine's limits and spread: [`{file.relative_to(ROOT)}`]"
         f"({file.relative_to(ROOT)}).",
         "",
