@@ -131,7 +131,7 @@ bench: install
 	$(BIN)/python -m llmops bench
 
 # This class of machine's file in benchmarks/results, and README's numbers from it. On a quiet machine;
-# ends after about 13 minutes, and fails where that was too short for every case: run it again, until
+# ends after about 21 minutes, and fails where that was too short for every case: run it again, until
 # it does not, and it goes on behind what it has.
 results: install
 	$(BIN)/python -m llmops bench --commit-result

@@ -36,7 +36,7 @@ def _runs(result: dict[str, Any]) -> tuple[list[Row], list[Row]]:
     """The rows of one thread over all cases: torch as it comes, and with huge pages."""
     sides: tuple[list[Row], list[Row]] = [], []
     for run in result["runs"]:
-        if run.get("stage", "plain") in ("plain", "huge"):
+        if run.get("stage", "plain") in ("plain", "huge", "models"):
             sides[bool(run["torch_huge_pages"])].extend(run["rows"])
     return sides
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmops.backends import get
+
 # A provider's call: takes nothing, returns the results to compare. Where another library's are
 # arranged in another way, its call has a member `comparable` that arranges them as ours are.
 Call = Callable[[], Any]
@@ -139,6 +141,15 @@ def _pass(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) ->
         return torch.autograd.grad(differentiable(), leaves, gradients())
 
     return backward if passes == "bwd" else both
+
+
+def trains_slowly(dtype: torch.dtype) -> bool:
+    """Whether a whole model's training step takes torch minutes here: on a CPU for which it has no
+    product of this dtype. Such a step is left out."""
+    if dtype == torch.float32 or torch.get_default_device().type != "cpu":
+        return False
+    cpu = get("cpu")
+    return cpu.available() is not None or bool(cpu.widens_products(dtype))
 
 
 def passes_of(rows: int, forward: int, backward: int) -> tuple[tuple[str, int], ...]:

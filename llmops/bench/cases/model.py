@@ -26,7 +26,7 @@ from torch import Tensor
 
 import llmops
 from llmops.bench import engines
-from llmops.bench.harness import Case
+from llmops.bench.harness import Case, trains_slowly
 from llmops.model import GPT, GPTConfig
 
 
@@ -73,8 +73,8 @@ def cases(quick: bool, sizes: Sizes = Sizes()) -> Iterator[Case]:
                 *_cases(name, model, dtype, sizes, twin),
                 _generation(name, model, dtype, sizes.new, twin),
             ):
-                if quick and case.passes == "train" and dtype != torch.float32:
-                    continue  # many seconds where torch has no fast bf16 product
+                if case.passes == "train" and trains_slowly(dtype):
+                    continue
                 case.ours, case.torch = _on("auto", case.ours), _on("reference", case.torch)
                 case.model = name.split()[0].rstrip(",")
                 yield case
