@@ -144,8 +144,8 @@ def _pass(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) ->
 
 
 def trains_slowly(dtype: torch.dtype) -> bool:
-    """Whether a whole model's training step takes torch minutes here: on a CPU for which it has no
-    product of this dtype. Such a step is left out."""
+    """Whether a training step with a model's products takes torch minutes here: on a CPU for which
+    it has no product of this dtype. Such a step is left out."""
     if dtype == torch.float32 or torch.get_default_device().type != "cpu":
         return False
     cpu = get("cpu")
