@@ -35,7 +35,7 @@ test test-all: install
 	$(BIN)/python -m pytest
 
 # Every op, and one of PARTS parts of the kit's other cases: PARTS successive commits run them all.
-PARTS ?= 14
+PARTS ?= 20
 test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
@@ -90,11 +90,13 @@ test-quick: install
 # The AVX-512 kernels without AVX-512: the same sources over tests/emulation/avx512.h, on AVX2.
 # CHECKS=avx512 runs every test that has an instruction set instead of the ones that matter most.
 CHECKS ?= matches_reference or gradients or cpu_
+EMULATED_PARTS ?= 1
 test-emulated: install
 	@! grep -qw avx512_bf16 /proc/cpuinfo || \
 	echo "not needed here: this processor has AVX-512, and 'make test' runs those kernels on it"
 	LLMOPS_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-lib build/emulated
-	cd build/emulated && LLMOPS_EMULATE_AVX512=1 $(abspath $(BIN))/python -m pytest -q \
+	cd build/emulated && LLMOPS_EMULATE_AVX512=1 \
+	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(EMULATED_PARTS)} $(abspath $(BIN))/python -m pytest -q \
 	../../tests -k "avx512 and ($(CHECKS))"
 
 # The CPU kernels and their bindings under sanitizers. SANITIZED="softmax --only thread": a family.
@@ -129,7 +131,7 @@ bench: install
 	$(BIN)/python -m llmops bench
 
 # This class of machine's file in benchmarks/results, and README's numbers from it. On a quiet machine;
-# ends after about 13 minutes, and fails where that was too short for every case: run it again, until
+# ends after about 21 minutes, and fails where that was too short for every case: run it again, until
 # it does not, and it goes on behind what it has.
 results: install
 	$(BIN)/python -m llmops bench --commit-result
@@ -166,6 +168,7 @@ CUDA_PAIR = $(shell cd tests && $(PYTHON) -c \
 cuda-pair:
 	LLMOPS_CUDA_ARCHS="$(CUDA_PAIR)" $(MAKE) cuda
 ci: lint cuda-pair test-part test-triton test-triton-attention test-cuda cuda-part aot-part sanitized-part $(EMULATED)
+ci: EMULATED_PARTS = 3
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so

@@ -89,10 +89,10 @@ def load(
     config.backend = backend
     with torch.device("meta"):  # shapes only: nothing is drawn to be overwritten
         model = GPT(config)
-    recipes = _recipes(model, layout)
-    _check_names(path, recipes, source, config)
+    made_of = _filled(model, layout)
+    _check_names(path, made_of, source, config)
     state = {}
-    for ours, parts in recipes.items():
+    for ours, parts in made_of.items():
         tensors = [convert(name, source[name]()) for name in parts]
         state[ours] = torch.cat([t.to(dtype) for t in tensors])  # also copies out of mapped files
         expected = tuple(model.get_parameter(ours).shape)
@@ -141,25 +141,31 @@ def need(package: str) -> Any:
         ) from error
 
 
-def _recipes(model: GPT, layout: Layout) -> Layout:
+def recipes(model: GPT, kind: str) -> Layout:
+    """For each parameter of the model the tensors of transformers' "gpt2" or "llama" that make it
+    up, stacked along the output features."""
+    return _filled(model, _GPT2 if kind == "gpt2" else _LLAMA)
+
+
+def _filled(model: GPT, layout: Layout) -> Layout:
     """The layout with {i} and * filled in, for the parameters this model has."""
-    recipes = {}
+    filled = {}
     for pattern, parts in layout.items():
         for kind in ("weight", "bias") if pattern.endswith("*") else ("",):
             for i in range(model.config.n_layer) if "{i}" in pattern else (0,):
                 names = [
                     name.replace("{i}", str(i)).replace("*", kind) for name in (pattern, *parts)
                 ]
-                recipes[names[0]] = names[1:]
+                filled[names[0]] = names[1:]
     ours = {name for name, _ in model.named_parameters()}
-    return {name: parts for name, parts in recipes.items() if name in ours}
+    return {name: parts for name, parts in filled.items() if name in ours}
 
 
-def _check_names(path: Path, recipes: Layout, source: Source, config: GPTConfig) -> None:
-    used = {name for parts in recipes.values() for name in parts}
+def _check_names(path: Path, made_of: Layout, source: Source, config: GPTConfig) -> None:
+    used = {name for parts in made_of.values() for name in parts}
     missing, extra = sorted(used - source.keys()), sorted(source.keys() - used)
     if "lm_head.weight" in extra and config.tie_head:  # harmless where it repeats the embedding
-        if torch.equal(source["lm_head.weight"](), source[recipes["tokens"][0]]()):
+        if torch.equal(source["lm_head.weight"](), source[made_of["tokens"][0]]()):
             extra.remove("lm_head.weight")
     if missing or extra:
         raise ValueError(

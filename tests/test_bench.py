@@ -241,12 +241,20 @@ def test_bench_cases_are_distinct_and_agree(name: str) -> None:
     assert keys and max(Counter(keys).values()) == 1, Counter(keys).most_common(1)
 
 
-def test_bench_whole_model_agrees_with_plain_pytorch() -> None:
+def test_bench_whole_model_agrees_with_plain_pytorch_and_transformers() -> None:
     passes = []
     for case in cases.collect(["model"], quick=True, dtypes=["float32"]):
         harness.check(case)
+        theirs = case.peers["transformers"]()  # gradients too, arranged as ours
+        harness.compare(case, harness.outcome(case, theirs), harness.outcome(case, case.torch))
         passes.append(case.passes)
     assert passes == 2 * ["prefill", "decode", "train", "generate"]
+
+
+def test_bench_long_models_are_only_measured_by_name() -> None:
+    assert "model_long" in cases.known() and "model_long" not in cases.names()
+    case = next(cases.collect(["model_long"], quick=True))
+    assert case.op == "model_long"
 
 
 def test_bench_patched_models_agree_with_themselves() -> None:

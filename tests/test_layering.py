@@ -33,7 +33,7 @@ LAYERS = {
     "tokenizer": 8,
     "testing": 5,
     "testing.__main__": 6,
-    "bench": 7,
+    "bench": 8,
     "report": 7,
     "demo": 9,
     "cli": 10,

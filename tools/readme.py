@@ -36,7 +36,7 @@ def _runs(result: dict[str, Any]) -> tuple[list[Row], list[Row]]:
     """The rows of one thread over all cases: torch as it comes, and with huge pages."""
     sides: tuple[list[Row], list[Row]] = [], []
     for run in result["runs"]:
-        if run.get("stage", "plain") in ("plain", "huge"):
+        if run.get("stage", "plain") in ("plain", "huge", "models"):
             sides[bool(run["torch_huge_pages"])].extend(run["rows"])
     return sides
 
@@ -62,13 +62,19 @@ def _cell(rows: list[Row]) -> str:
 
 
 def speed_table() -> str:
-    """The committed result of each class of CPU; those of `make gpu` have other stages."""
-    return "\n\n".join(_speed_of(file) for file in sorted(RESULTS.glob("cpu-*.json"), reverse=True))
+    """The committed result of each class of CPU, the latest first; those of `make gpu` have other
+    stages."""
+    results = [(file, json.loads(file.read_text())) for file in sorted(RESULTS.glob("cpu-*.json"))]
+    results.sort(key=lambda found: _date(found[1]["machine"]), reverse=True)
+    return "\n\n".join(_speed_of(file, result) for file, result in results)
 
 
-def _speed_of(file: Path) -> str:
+def _date(machine: dict[str, Any]) -> str:
+    return str(machine.get("date", ""))  # results of early commits do not say
+
+
+def _speed_of(file: Path, result: dict[str, Any]) -> str:
     """One line per op and pass of a result: medians over its shapes."""
-    result = json.loads(file.read_text())
     machine: dict[str, Any] = result["machine"]
     plain, huge = _runs(result)
     groups: dict[tuple[str, str], None] = {}
@@ -76,11 +82,13 @@ def _speed_of(file: Path) -> str:
         if row["op"] not in APART and not row.get("curve"):
             groups[_kind(row), row["passes"]] = None
     threads = result["runs"][0]["threads"]
+    day = f" of {_date(machine)}" if _date(machine) else ""
     lines = [
         f"{machine['cpu']}, {machine['isa']}, {threads} thread, torch {machine['torch']}, commit "
-        f"{machine['commit']}. Times as fast as PyTorch: median over the measured shapes, lowest "
-        "and highest in brackets; the last two columns with `THP_MEM_ALLOC_ENABLE=1`, which gives "
-        "torch's fresh outputs huge pages as ours have them. Every row, with microseconds, share "
+        f"{machine['commit']}{day}. Times as fast as PyTorch: median over the measured "
+        "shapes, lowest and highest in brackets; the last two columns with "
+        "`THP_MEM_ALLOC_ENABLE=1`, which gives torch's fresh outputs huge pages as ours have them. "
+        "Every row, with microseconds, share "
         f"of the machine's limits and spread: [`{file.relative_to(ROOT)}`]"
         f"({file.relative_to(ROOT)}).",
         "",

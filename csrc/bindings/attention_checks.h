@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "common.h"
 
@@ -32,18 +33,23 @@ inline void read_strides(const Tensor& t, int64_t* stride) {
   for (int64_t d = 0; d < 3; ++d) stride[d] = t.stride(d);
 }
 
+// t's memory with other sizes and strides: half a microsecond, where the stable ABI's transpose and
+// unsqueeze are one each.
+inline Tensor viewed(const Tensor& t, std::initializer_list<int64_t> sizes,
+                     std::initializer_list<int64_t> strides) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, &handle));
+  return Tensor(handle);
+}
+
 // A fresh [B, H, T, D] laid out as `like` is: [B, T, H, D] in memory where the heads of one token
 // lie together, so that a model's transpose back costs nothing. The fake kernels say the same.
 inline Tensor new_heads(const Tensor& like, int64_t dim, ScalarType type) {
   const int64_t b = like.size(0), h = like.size(1), t = like.size(2);
   if (like.stride(1) >= like.stride(2)) return new_output(like, {b, h, t, dim}, type);
   const Tensor fresh = new_output(like, {b, t, h, dim}, type);
-  const int64_t sizes[] = {b, h, t, dim};
-  const int64_t strides[] = {fresh.stride(0), fresh.stride(2), fresh.stride(1), 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(fresh.get(), 4, sizes, strides, 0, &handle));
-  return Tensor(handle);
+  return viewed(fresh, {b, h, t, dim}, {fresh.stride(0), fresh.stride(2), fresh.stride(1), 1});
 }
 
 // Sizes and strides of q, k and v, which have a dense last dimension. Of a paged cache, k and v

@@ -1,6 +1,7 @@
 // attention_varlen: the attention kernels over packed sequences [total, H, D]. llmops.ops owns the
 // public schema, the checks and autograd; what is checked here keeps memory safe whoever calls.
 #include "attention.h"
+#include "attention_checks.h"
 #include "sequences.h"
 
 namespace llmops {
@@ -12,18 +13,19 @@ constexpr const char* kName = "llmops.attention_varlen";
 Tensor as_heads(const Tensor& t, const char* name) {
   LLMOPS_CHECK(t.dim() == 3, kName, ": ", name, " must be [total, heads, head_dim], got ", t.dim(),
                " dimensions");
-  return torch::stable::unsqueeze(torch::stable::transpose(t, 0, 1), 0);
+  return viewed(t, {1, t.size(1), t.size(0), t.size(2)},
+                {t.size(0) * t.stride(0), t.stride(1), t.stride(0), t.stride(2)});
 }
 Tensor as_packed(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::squeeze(t, 0), 0, 1);
+  return viewed(t, {t.size(2), t.size(1), t.size(3)}, {t.stride(2), t.stride(1), t.stride(3)});
 }
 
 // Where each sequence begins, and where the last one ends.
 std::vector<int64_t> read_bounds(const Tensor& bounds, int64_t rows, int64_t longest,
                                  const char* side) {
-  const std::string argument = message("cu_seqlens_", side);
+  const char* argument = *side == 'q' ? "cu_seqlens_q" : "cu_seqlens_k";
   LLMOPS_CHECK(bounds.dim() == 1 && bounds.size(0) > 0, kName, ": ", argument, " must be [B + 1]");
-  const auto found = read_integers(bounds, bounds.size(0), kName, argument.c_str());
+  const auto found = read_integers(bounds, bounds.size(0), kName, argument);
   if (found.front() != 0 || found.back() != rows)
     throw_value_error(kName, ": ", argument, " must run from 0 to ", rows, ", the rows of ", side,
                       "; got ", found.front(), " to ", found.back());
@@ -65,7 +67,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd_cpu(
   const auto [out, lse] = attention_forward(
       q4, k4, v4, std::nullopt, causal, scale,
       {window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed}, &unequal);
-  return {as_packed(out), torch::stable::squeeze(lse, 0)};
+  return {as_packed(out), viewed(lse, {lse.size(1), lse.size(2)}, {lse.stride(1), lse.stride(2)})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_varlen_bwd_cpu(
@@ -91,8 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_varlen_bwd_c
 
 #define LLMOPS_SEQUENCES                                                           \
   "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, " \
-  "bool causal, float scale, int window_left, int window_right, "                  \
-  "Tensor? alibi_slopes, float softcap, Tensor? sinks, float dropout_p, Tensor? seed"
+  "bool causal, float scale, int window_left=-1, int window_right=-1, "            \
+  "Tensor? alibi_slopes=None, float softcap=0.0, Tensor? sinks=None, "             \
+  "float dropout_p=0.0, Tensor? seed=None"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def("attention_varlen_fwd(Tensor q, Tensor k, Tensor v, " LLMOPS_SEQUENCES

@@ -142,9 +142,10 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& x, const Tensor& 
                                                  const std::optional<Tensor>& weight,
                                                  int64_t ignore_index, double label_smoothing,
                                                  double z_loss, int64_t reduction,
-                                                 ScalarType dtype) {
+                                                 std::optional<ScalarType> loss_type) {
   const Loss loss(x, target, weight, ignore_index, label_smoothing, z_loss, reduction);
   const cpu::DType type = kernel_dtype(x.scalar_type(), kName);
+  const ScalarType dtype = loss_type.value_or(x.scalar_type());
   kernel_dtype(dtype, "llmops.cross_entropy: dtype");
   const std::vector<int64_t> shape = shape_of(target);
   const bool rowwise = loss.reduction == Reduction::none;
@@ -285,8 +286,9 @@ void cross_entropy_bwd_inplace_cpu(const Tensor& grad, Tensor x, const Tensor& t
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def(
-      "cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight, int ignore_index, "
-      "float label_smoothing, float z_loss, int reduction, ScalarType dtype) -> (Tensor, Tensor)");
+      "cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight=None, int ignore_index=-100, "
+      "float label_smoothing=0.0, float z_loss=0.0, int reduction=1, ScalarType? dtype=None) -> "
+      "(Tensor, Tensor)");
   m.def(
       "cross_entropy_bwd(Tensor grad, Tensor? grad_lse, Tensor x, Tensor target, Tensor? weight, "
       "Tensor lse, int ignore_index, float label_smoothing, float z_loss, int reduction) -> "

@@ -95,11 +95,9 @@ Tensor embedding_bwd_cpu(const Tensor& grad_in, const Tensor& ids_in, int64_t ro
 
   const void* grad_data = grad.data_ptr();
   void* out_data = out.data_ptr();
-  const bool stream = rows * dim * element_size(grad.scalar_type()) > kPastCacheBytes;
   const auto kernel = LLMOPS_CPU_CALL(embedding_bwd_rows);
   parallel_rows(rows, dim, [&](int64_t begin, int64_t end) {
-    kernel(type, dim, grad_data, dim, order.get(), first.get(), padding_idx, out_data, begin, end,
-           stream);
+    kernel(type, dim, grad_data, dim, order.get(), first.get(), padding_idx, out_data, begin, end);
   });
   return out;
 }

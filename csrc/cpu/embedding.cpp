@@ -52,22 +52,10 @@ LLMOPS_INLINE void add_rows(int64_t dim, const T* a, const T* b, const T* next, 
   if (left > 0) store_n(y + i, load_n(a + i, left) + load_n(b + i, left), left);
 }
 
-// A row that no token has: most of them, and without the rounding that sum_rows would spend on
-// them.
-LLMOPS_INLINE void zero_row(int64_t bytes, void* to, bool past_caches) {
-  if (!past_caches) {
-    __builtin_memset(to, 0, bytes);
-    return;
-  }
-  float* y = static_cast<float*>(to);
-  for (int64_t i = 0; i < bytes / static_cast<int64_t>(sizeof(float)); i += W)
-    stream(y + i, zero());
-}
-
 // One row of the gradient: the sum of `count` rows of grad.
 template <class T>
 LLMOPS_INLINE void sum_rows(int64_t dim, const T* grad, int64_t step, const int64_t* order,
-                            int64_t count, T* y, bool past_caches) {
+                            int64_t count, T* y) {
   int64_t i = 0;
   for (; i + kColumns <= dim; i += kColumns) {
     Vec s[4] = {zero(), zero(), zero(), zero()};
@@ -75,11 +63,7 @@ LLMOPS_INLINE void sum_rows(int64_t dim, const T* grad, int64_t step, const int6
       const T* g = grad + order[k] * step + i;
       LLMOPS_UNROLL for (int j = 0; j < 4; ++j) s[j] = s[j] + load(g + j * W);
     }
-    if (past_caches) {
-      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) stream(y + i + j * W, s[j]);
-    } else {
-      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) store(y + i + j * W, s[j]);
-    }
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) store(y + i + j * W, s[j]);
   }
   for (; i < dim; i += W) {
     const int left = dim - i < W ? static_cast<int>(dim - i) : W;
@@ -126,21 +110,17 @@ int64_t embedding_rows(DType type, int64_t dim, const EmbeddingTable& token,
 
 void embedding_bwd_rows(DType type, int64_t dim, const void* grad, int64_t grad_step,
                         const int64_t* order, const int64_t* first, int64_t padding_idx,
-                        void* dweight, int64_t begin, int64_t end, bool stream) {
+                        void* dweight, int64_t begin, int64_t end) {
   LLMOPS_DISPATCH(type, T, {
-    const bool past_caches =
-        stream && reinterpret_cast<uintptr_t>(dweight) % 64 == 0 && dim * sizeof(T) % 64 == 0;
-    for (int64_t v = begin; v < end; ++v) {
+    T* y = static_cast<T*>(dweight) + begin * dim;
+    for (int64_t v = begin; v < end; ++v, y += dim) {
       const int64_t count = v == padding_idx ? 0 : first[v + 1] - first[v];
-      T* y = static_cast<T*>(dweight) + v * dim;
-      if (count == 0) {
-        zero_row(dim * sizeof(T), y, past_caches);
+      if (count == 0) {  // most rows; without the rounding that sum_rows would spend on them
+        __builtin_memset(y, 0, dim * sizeof(T));
       } else {
-        sum_rows(dim, static_cast<const T*>(grad), grad_step, order + first[v], count, y,
-                 past_caches);
+        sum_rows(dim, static_cast<const T*>(grad), grad_step, order + first[v], count, y);
       }
     }
-    if (past_caches) stream_fence();
   });
 }
 

@@ -21,7 +21,8 @@ LLMOPS_CPU_KERNEL(int64_t, embedding_rows, llmops::cpu::DType, int64_t dim,
                   const llmops::cpu::EmbeddingTable& position, void* out, int64_t begin,
                   int64_t end, bool stream)
 // Rows [begin, end) of dweight [*, dim]. order[first[v]..first[v + 1]) are the i of table row v,
-// ascending; grad's rows are grad_step elements apart. `stream`: store past the caches.
+// ascending; grad's rows are grad_step elements apart. Stored through the caches: what is large and
+// fresh was zeroed by the kernel just before, and lies there.
 LLMOPS_CPU_KERNEL(void, embedding_bwd_rows, llmops::cpu::DType, int64_t dim, const void* grad,
                   int64_t grad_step, const int64_t* order, const int64_t* first,
-                  int64_t padding_idx, void* dweight, int64_t begin, int64_t end, bool stream)
+                  int64_t padding_idx, void* dweight, int64_t begin, int64_t end)

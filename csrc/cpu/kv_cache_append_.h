@@ -17,6 +17,6 @@ struct CacheAppendParams {
 
 }  // namespace llmops::cpu
 
-// Rows [begin, end) of B * T * H, heads innermost.
+// Rows [begin, end) of B * T * H, in the order in which `from` lies in memory.
 LLMOPS_CPU_KERNEL(void, kv_cache_append, const llmops::cpu::CacheAppendParams&, int64_t begin,
                   int64_t end)

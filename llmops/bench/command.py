@@ -34,7 +34,7 @@ QUICK_MINUTES = 1.5  # of limits and rows; with the start and the last row, belo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("ops", nargs="*", help=f"of {', '.join(cases.names())}; all where none")
+    add("ops", nargs="*", help=f"of {', '.join(cases.known())}; all but the last where none")
     add("--quick", action="store_true", help="one shape per op and dtype, within two minutes")
     add("--threads", default="1", help='a number, "all", or several as in 1,all (default 1)')
     add("--dtype", action="append", choices=cases.DTYPES, help="only this one; may be repeated")
@@ -118,10 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> None:
-    unknown = [op for op in arguments.ops if op not in cases.names()]
+    unknown = [op for op in arguments.ops if op not in cases.known()]
     if unknown:
         raise ValueError(
-            f"llmops bench: no cases for {', '.join(unknown)}; there are {', '.join(cases.names())}"
+            f"llmops bench: no cases for {', '.join(unknown)}; there are {', '.join(cases.known())}"
         )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("llmops bench: --device cuda needs a CUDA GPU, and torch sees none")

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A provider's call: takes nothing, returns the results to compare.
+from llmops.backends import get
+
+# A provider's call: takes nothing, returns the results to compare. Where another library's are
+# arranged in another way, its call has a member `comparable` that arranges them as ours are.
 Call = Callable[[], Any]
 
 
@@ -140,6 +143,15 @@ def _pass(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) ->
     return backward if passes == "bwd" else both
 
 
+def trains_slowly(dtype: torch.dtype) -> bool:
+    """Whether a training step with a model's products takes torch minutes here: on a CPU for which
+    it has no product of this dtype. Such a step is left out."""
+    if dtype == torch.float32 or torch.get_default_device().type != "cpu":
+        return False
+    cpu = get("cpu")
+    return cpu.available() is not None or bool(cpu.widens_products(dtype))
+
+
 def passes_of(rows: int, forward: int, backward: int) -> tuple[tuple[str, int], ...]:
     """(pass, factor) pairs of a row op on `rows` rows. A decode step, of few rows, has no backward:
     nobody trains on one token."""
@@ -161,6 +173,7 @@ def outcome(case: Case, call: Call) -> list[Tensor] | None:
         with torch.no_grad():
             return flat(parts.function(*copies))
     results = call()
+    results = getattr(call, "comparable", lambda same: same)(results)
     results = flat(results if case.evidence is None else case.evidence(results))
     if parts is not None and parts.passes != "fwd":
         with torch.no_grad():

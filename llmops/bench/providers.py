@@ -130,6 +130,7 @@ PEERS: dict[str, tuple[str, str, str]] = {
     "quack": ("quack", "pip install quack-kernels", "a Hopper or newer GPU"),
     "xllamacpp": ("xllamacpp", "pip install xllamacpp", ""),
     "ctranslate2": ("ctranslate2", "pip install ctranslate2", ""),
+    "transformers": ("transformers", "pip install transformers", ""),
 }
 
 

@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _sequences
-from llmops.ops._op import Op
+from llmops.ops._op import Op, is_tracing, shortcut
 from llmops.ops.attention import MODIFIERS, Modifiers, checked_modifiers
 
 _OP = "attention_varlen"
@@ -75,6 +75,23 @@ def attention_varlen(
 
     Source: Dao, "FlashAttention-2", 2023 (flash_attn_varlen_func).
     """
+    modified = (
+        window is not None
+        or alibi_slopes is not None
+        or softcap is not None
+        or sinks is not None
+        or dropout_p != 0.0
+    )
+    if backend is None and not modified and not is_tracing():
+        raw = _attention_varlen_raw(q, k, v)
+        if raw is not None:
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            try:
+                own = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+                out, lse = raw(q, k, v, *lengths, causal, own)
+                return (out, lse) if return_lse else out
+            except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+                pass  # the checks below say what is wrong
     if _autocast.enabled(q):
         q, k, v = _autocast.lowered(q, k, v)
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -128,6 +145,8 @@ def _check_values(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, 
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_attention_varlen_raw = shortcut(_OP, autocast=True)
 
 
 def _packed_like(like: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _check, _dtensor
-from llmops.ops._op import Op
+from llmops.ops._op import Op, is_tracing, shortcut
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _is_compiling = torch.compiler.is_compiling
@@ -75,6 +75,15 @@ def cross_entropy(
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Szegedy et
     al., 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss).
     """
+    usual = weight is None and label_smoothing == 0.0 and z_loss == 0.0 and reduction in REDUCTIONS
+    if usual and backend is None and not is_tracing():
+        raw = _cross_entropy_raw(input, target)
+        if raw is not None and input.dim() == 2:
+            how = (ignore_index, 0.0, 0.0, REDUCTIONS[reduction])
+            try:
+                return raw(input, target, None, *how, dtype)[0]  # type: ignore[no-any-return]
+            except RuntimeError:
+                pass  # the checks below say what is wrong
     if isinstance(input, Tensor) and input.dim() == 1 and isinstance(target, Tensor):
         if target.shape == (1,) != input.shape:  # torch takes one target in a list, too
             target = target[0]
@@ -206,6 +215,9 @@ def loss_dtype(op: str, input: Tensor, dtype: torch.dtype | None) -> torch.dtype
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+# Autocast makes the loss fp32.
+_cross_entropy_raw = shortcut("cross_entropy", autocast=True)
 
 
 def _wide_weight(weight: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _check, _dtensor
-from llmops.ops._op import LIBRARY
+from llmops.ops._op import LIBRARY, is_tracing, shortcut
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -55,6 +55,12 @@ def sample(
 
     Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p).
     """
+    if backend is None and not is_tracing():
+        raw = _sample_raw(logits)
+        if raw is not None and logits.dim() == 2:
+            _check_arguments(logits, temperature, top_k, top_p, min_p)
+            drawn = _uniform(logits, generator) if temperature > 0.0 else None
+            return raw(logits, drawn, temperature, top_k, top_p, min_p)  # type: ignore[no-any-return]
     _check_arguments(logits, temperature, top_k, top_p, min_p)
     name = resolve("sample", logits.device, logits.dtype, (), backend)
     uniform = None
@@ -117,6 +123,8 @@ def _check_rows(logits: Tensor, greedy: bool) -> None:
 
 
 # ---- the operator --------------------------------------------------------------------------------
+
+_sample_raw = shortcut("sample")
 
 
 def _forward(

@@ -98,12 +98,12 @@ def scaled_dot_product_attention(
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     """True for the common forms, in which llmops.attention means the same argument by argument."""
     try:
-        shape = k.shape
+        asked, shape = q.shape, k.shape
         return (
-            (q.shape == shape or (not causal and q.shape[:2] == shape[:2] and q.dim() == 4))
+            (asked == shape or (not causal and asked[:2] == shape[:2] and len(asked) == 4))
             and v.shape == shape
             and len(shape) == 4
-            and q.shape[3] == shape[3] > 0
+            and asked[3] == shape[3] > 0
             and q.dtype == k.dtype == v.dtype != torch.float64
             and q.is_floating_point()
         )

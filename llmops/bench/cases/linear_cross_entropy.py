@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, trains_slowly, with_backward
 
 # model, rows, width, vocabulary
 SHAPES = (
@@ -36,6 +36,8 @@ def cases(quick: bool) -> Iterator[Case]:
             weight = torch.randn(classes, width).mul_(width**-0.5).to(dtype).requires_grad_()
             inputs = (x, weight, torch.randint(classes, (rows,)))
             for passes, factor in (("fwd", 2), ("fwd+bwd", 6)):
+                if passes != "fwd" and trains_slowly(dtype):
+                    continue
                 yield Case(
                     "linear_cross_entropy",
                     passes,

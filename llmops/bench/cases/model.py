@@ -3,9 +3,10 @@
 
 prefill: one prompt, logits of its last token. decode: one token after 256, and the limit is to read
 all weights once. train: forward, loss and backward; the optimizer is the same on both sides and
-left out. generate: greedy, from one token on, so that every step is a decode step; with `--with
-peers` beside llama.cpp and ctranslate2, which can do nothing smaller. Tokens/s: the prompt's, one,
-the batch's, the new ones, over the time of the call.
+left out. generate: greedy, from one token on, so that every step is a decode step. With `--with
+peers` all beside transformers (twin.py), generate beside llama.cpp and ctranslate2 (engines.py),
+which can do nothing smaller. Tokens/s: the prompt's, one, the batch's, the new ones, over the time
+of the call. model_long has the sizes at which people train, in minutes per row.
 
 Flops: 2 per weight and token (the embedding is a look-up, the tied head is not), and attention's
 4 L H D T^2 / 2; training three times that. Bytes: the weights once (prefill, decode), once per new
@@ -14,7 +15,9 @@ token (generate), three times (train: both passes read them, and their gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +26,19 @@ from torch import Tensor
 
 import llmops
 from llmops.bench import engines
-from llmops.bench.harness import Case
+from llmops.bench.harness import Case, trains_slowly
 from llmops.model import GPT, GPTConfig
 
-PROMPT, CACHED, NEW = 128, 256, 8
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of the prompt, rows of a training batch (as long as the prompt), tokens before the one
+    that is decoded, tokens to generate."""
+
+    prompt: int = 128
+    batch: int = 1
+    cached: int = 256
+    new: int = 8
 
 
 def _configs(quick: bool) -> dict[str, GPTConfig]:
@@ -52,16 +64,26 @@ def _configs(quick: bool) -> dict[str, GPTConfig]:
     }
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, sizes: Sizes = Sizes()) -> Iterator[Case]:
     for name, config in _configs(quick).items():
         for dtype in (torch.float32, torch.bfloat16):
             model = GPT(config).to(dtype)
-            for case in (*_cases(name, model, dtype), _generation(name, model, dtype)):
-                if quick and case.passes == "train" and dtype != torch.float32:
-                    continue  # many seconds where torch has no fast bf16 product
+            twin = functools.cache(partial(_twin, model))
+            for case in (
+                *_cases(name, model, dtype, sizes, twin),
+                _generation(name, model, dtype, sizes.new, twin),
+            ):
+                if case.passes == "train" and trains_slowly(dtype):
+                    continue
                 case.ours, case.torch = _on("auto", case.ours), _on("reference", case.torch)
                 case.model = name.split()[0].rstrip(",")
                 yield case
+
+
+def _twin(model: GPT) -> Any:
+    from llmops.bench.twin import Twin
+
+    return Twin(model)
 
 
 def _on(backend: str, call: Any) -> Any:
@@ -72,45 +94,53 @@ def _on(backend: str, call: Any) -> Any:
     return run
 
 
-def _sizes(model: GPT) -> tuple[int, int]:
+def _weights(model: GPT) -> tuple[int, int]:
     """Weights of the matrices, the head included, and bytes of one."""
     c = model.config
     weights = sum(p.numel() for p in model.blocks.parameters()) + c.vocab_size * c.d_model
     return weights, torch.finfo(model.tokens.dtype).bits // 8
 
 
-def _cases(name: str, model: GPT, dtype: torch.dtype) -> Iterator[Case]:
-    c = model.config
-    ids = torch.randint(c.vocab_size, (1, PROMPT + 1))
-    weights, size = _sizes(model)
+def _cases(
+    name: str, model: GPT, dtype: torch.dtype, sizes: Sizes, twin: Callable[[], Any]
+) -> Iterator[Case]:
+    c, prompt, rows, cached = model.config, sizes.prompt, sizes.batch, sizes.cached
+    ids = torch.randint(c.vocab_size, (rows, prompt + 1))
+    inputs, targets = ids[:, :prompt], ids[:, 1:]
+    weights, size = _weights(model)
     # Rounding differs at every layer; 16-bit logits of a random model differ in their last bits.
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    attended = 2 * c.n_layer * c.n_head * c.d_head * PROMPT**2
-    cache = model.new_cache(1, CACHED + 1)
+    attended = 2 * c.n_layer * c.n_head * c.d_head * prompt**2
+    cache = model.new_cache(1, cached + 1)
     for held in (*cache.keys, *cache.values):
         held.normal_()
 
     @torch.inference_mode()
     def prefill() -> Tensor:
-        return model(ids[:, :PROMPT], last_only=True)
+        return model(inputs[:1], last_only=True)
 
     @torch.inference_mode()
     def decode() -> Tensor:
         cache.reset()
-        cache.extend(CACHED)
+        cache.extend(cached)
         return model(ids[:, :1], cache=cache, last_only=True)
 
     def train() -> tuple[Tensor, ...]:
-        loss = model.loss(ids[:, :PROMPT], ids[:, 1:])
+        loss = model.loss(inputs, targets)
         return (loss, *torch.autograd.grad(loss, list(model.parameters())))
 
     head = c.vocab_size * c.d_model
-    forward = 2 * (weights - head) * PROMPT + attended
-    whole = forward + 2 * head * PROMPT
+    forward = 2 * (weights - head) * prompt + attended
+    whole = rows * (forward + 2 * head * prompt)
+    peers: dict[str, Callable[[], Any]] = {
+        "prefill": lambda: twin().prefill(inputs[:1]),
+        "decode": lambda: twin().decode(ids[:1, :1], cache, cached),
+        "train": lambda: twin().train(inputs, targets),
+    }
     for passes, call, bytes, flops, of, tokens in (
-        ("prefill", prefill, weights * size, forward + 2 * head, f"{PROMPT} tokens", PROMPT),
-        ("decode", decode, weights * size, 2 * weights, f"1 token after {CACHED}", 1),
-        ("train", train, 3 * weights * size, 3 * whole, f"1x{PROMPT}", PROMPT),
+        ("prefill", prefill, weights * size, forward + 2 * head, f"{prompt} tokens", prompt),
+        ("decode", decode, weights * size, 2 * weights, f"1 token after {cached}", 1),
+        ("train", train, 3 * weights * size, 3 * whole, f"{rows}x{prompt}", rows * prompt),
     ):
         yield Case(
             "model",
@@ -125,43 +155,47 @@ def _cases(name: str, model: GPT, dtype: torch.dtype) -> Iterator[Case]:
             torch_name="plain PyTorch",
             read_only=passes == "decode",
             tokens=tokens,
+            peers={"transformers": peers[passes]},
         )
 
 
-def _generation(name: str, model: GPT, dtype: torch.dtype) -> Case:
+def _generation(
+    name: str, model: GPT, dtype: torch.dtype, new: int, twin: Callable[[], Any]
+) -> Case:
     ids = torch.tensor([[5]])
-    weights, size = _sizes(model)
+    weights, size = _weights(model)
 
     def generate() -> Any:
-        return model.generate(ids, NEW, temperature=0.0)
+        return model.generate(ids, new, temperature=0.0)
 
     def likelihood(tokens: Tensor) -> Tensor:
         """Each new token's logit over the largest one, by plain PyTorch in fp32: 1 where it is the
         likeliest. Two that are equal to within rounding may come out either way."""
-        if tokens.shape != (1, 1 + NEW):
+        if tokens.shape != (1, 1 + new):
             return tokens  # another shape than torch's: wrong
         plain = GPT(model.config).to(tokens.device)
         plain.load_state_dict(model.state_dict())
         with torch.inference_mode(), llmops.use_backend("reference"):
-            logits = plain(tokens[:, :-1])  # [1, NEW, V]
+            logits = plain(tokens[:, :-1])  # [1, new, V]
         return logits.gather(2, tokens[:, 1:, None])[..., 0] / logits.amax(-1)
 
     return Case(
         "model",
         "generate",
         dtype,
-        f"{name}, {NEW} tokens after 1",
+        f"{name}, {new} tokens after 1",
         generate,
         generate,
-        bytes=NEW * weights * size,
-        flops=NEW * 2 * weights,
+        bytes=new * weights * size,
+        flops=new * 2 * weights,
         tolerance=1e-3 if dtype == torch.float32 else 0.05,
         torch_name="plain PyTorch",
         read_only=True,
-        tokens=NEW,
+        tokens=new,
         evidence=likelihood,
         peers={
-            "xllamacpp": partial(engines.xllamacpp, model, ids, NEW),
-            "ctranslate2": partial(engines.ctranslate2, model, ids, NEW),
+            "xllamacpp": partial(engines.xllamacpp, model, ids, new),
+            "ctranslate2": partial(engines.ctranslate2, model, ids, new),
+            "transformers": lambda: twin().generate(ids, new),
         },
     )
