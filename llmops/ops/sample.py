@@ -55,13 +55,12 @@ def sample(
 
     Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p).
     """
+    _check_arguments(logits, temperature, top_k, top_p, min_p)
     if backend is None and not is_tracing():
         raw = _sample_raw(logits)
-        if raw is not None and logits.dim() == 2:
-            _check_arguments(logits, temperature, top_k, top_p, min_p)
+        if raw is not None:
             drawn = _uniform(logits, generator) if temperature > 0.0 else None
             return raw(logits, drawn, temperature, top_k, top_p, min_p)  # type: ignore[no-any-return]
-    _check_arguments(logits, temperature, top_k, top_p, min_p)
     name = resolve("sample", logits.device, logits.dtype, (), backend)
     uniform = None
     if temperature > 0.0:
