@@ -35,17 +35,17 @@ test test-all: install
 	$(BIN)/python -m pytest
 
 # Every op, and one of PARTS parts of the kit's other cases: PARTS successive commits run them all.
-PARTS ?= 20
+PARTS ?= 24
 test-part: install
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(PARTS)} $(BIN)/python -m pytest --durations=15
 
 # The Triton kernels under Triton's interpreter, a part of them that rotates as well: of attention,
 # whose samples take a second each, a smaller one. make test-triton TRITON_ONLY=softmax TRITON_PARTS=1
 # or make test-triton-attention TRITON_ATTENTION_PARTS=1: all there is of it.
-TRITON_PARTS ?= 90
+TRITON_PARTS ?= 100
 TRITON_ONLY ?= not attention or merge_attention
 TRITON_FILES ?=
-TRITON_ATTENTION_PARTS ?= 160
+TRITON_ATTENTION_PARTS ?= 180
 test-triton: install
 	TRITON_INTERPRET=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(TRITON_PARTS)} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -q -k "triton and ($(TRITON_ONLY))" --durations=10 \
@@ -57,7 +57,7 @@ test-triton-attention:
 
 # The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
 # make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.
-CUDA_PARTS ?= 40
+CUDA_PARTS ?= 50
 CUDA_ONLY ?= cuda
 test-cuda: install
 	LLMOPS_CUDA_SIM=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(CUDA_PARTS)} OMP_NUM_THREADS=1 \
@@ -168,7 +168,7 @@ CUDA_PAIR = $(shell cd tests && $(PYTHON) -c \
 cuda-pair:
 	LLMOPS_CUDA_ARCHS="$(CUDA_PAIR)" $(MAKE) cuda
 ci: lint cuda-pair test-part test-triton test-triton-attention test-cuda cuda-part aot-part sanitized-part $(EMULATED)
-ci: EMULATED_PARTS = 3
+ci: EMULATED_PARTS = 4
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) llmops/_C*.so
