@@ -3,6 +3,9 @@
 The matrix products are torch's own; the loss and its gradient are the backend's kernels, the
 gradient in place over the logits it came from. Where torch has no 16-bit product worth the name
 (CPUs before AVX-512), `wide` says so: operands are then widened to fp32, some classes at a time.
+
+On a CPU the rows that count are gathered first. How many there are a GPU would have to be asked and
+waited for, which a CUDA graph cannot hold: there logits of all rows are computed.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
 def sums(
     losses_of: Callable[..., tuple[Tensor, Tensor]],
     gradient_of_: Callable[..., None],
+    gathers: bool,
     wide: bool,
     input: Tensor,
     linear_weight: Tensor,
@@ -55,10 +59,10 @@ def sums(
     wanted: tuple[bool, bool, bool],
 ) -> Sums:
     """input [N, D], linear_weight [V, D], target [N], linear_bias [V], weight fp32 [V]; row_grad
-    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias; wide:
-    16-bit products are to be done in fp32."""
+    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias;
+    gathers: ignored rows may be left out; wide: 16-bit products are to be done in fp32."""
     counted = target != ignore_index
-    if not bool(counted.all()):
+    if gathers and not bool(counted.all()):
         return _without_ignored(
             counted.nonzero()[:, 0], losses_of, gradient_of_, wide, input, linear_weight, target,
             linear_bias, weight, ignore_index, label_smoothing, row_grad, wanted,
@@ -82,6 +86,8 @@ def sums(
     for begin in range(0, rows, max(step, 1)):
         here = slice(begin, begin + step)
         x, t = input[here], target[here]
+        if not gathers:  # what an ignored row holds, NaN too, reaches no sum: 0 * NaN is NaN
+            x = torch.where(counted[here, None], x, 0.0)
         logits = buffer[: len(x)]
         if wide:
             x = x.float()
@@ -142,7 +148,7 @@ def _without_ignored(
 ) -> Sums:  # fmt: skip
     """The same over the rows that count: of prompts and padding no logits are computed at all."""
     some = sums(
-        losses_of, gradient_of_, wide, input[kept], linear_weight, target[kept], linear_bias,
+        losses_of, gradient_of_, True, wide, input[kept], linear_weight, target[kept], linear_bias,
         weight, ignore_index, label_smoothing, None if row_grad is None else row_grad[kept], wanted,
     )  # fmt: skip
     losses = some.losses.new_zeros(input.shape[0]).index_copy_(0, kept, some.losses)

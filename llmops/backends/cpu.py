@@ -150,4 +150,4 @@ if _extension.REASON is None:
 
     def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
         wide = widens_products(args[0].dtype)
-        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, wide, *args)
+        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, True, wide, *args)

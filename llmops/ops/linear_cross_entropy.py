@@ -57,8 +57,9 @@ def linear_cross_entropy(
             probabilities [N, V] or [V], on the reference.
         linear_bias: [V], input's dtype (linear_weight's shape without D).
         weight: [V], floating point: of each class. No gradient.
-        ignore_index: rows of this target have no loss and no gradient; their logits are not even
-            computed. None is -100.
+        ignore_index: rows of this target have no loss and no gradient. On a CPU their logits are
+            not even computed; on a GPU, which would have to be waited for to count them, they are:
+            where most rows are ignored, pass input[kept] and target[kept]. None is -100.
         label_smoothing: in [0, 1], as in `llmops.cross_entropy`.
         reduction: "none", "sum" or "mean", as in `llmops.cross_entropy`.
         dtype: of the loss; input's when None (fp32 under autocast).
@@ -68,7 +69,8 @@ def linear_cross_entropy(
         Tensor of target's shape ("none"), else a scalar.
 
     Raises:
-        IndexError: a target outside [0, V) that is not ignore_index, naming it.
+        IndexError: a target outside [0, V) that is not ignore_index, naming it. A GPU, which is not
+            waited for, gives a loss of NaN instead.
         TypeError, ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a named backend cannot serve the call, or weight requires a gradient.
 
@@ -201,20 +203,25 @@ def _sums(
 
 
 def _divisor(
-    target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
-) -> tuple[Tensor, bool]:
-    """What the reduction divides by, fp64, and whether any row counts."""
+    target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the reduction divides by, fp64, and whether any row counts; nothing is waited for."""
     kept = target != ignore_index
-    some = bool(kept.any())
+    some = kept.any()
     if reduction != "mean":
         return torch.ones((), dtype=torch.float64, device=target.device), some
     if weight is None:
         return kept.sum(dtype=torch.float64), some
-    return _ordered_sum(weight.double()[target[kept].long()]), some
+    kept = kept & (target >= 0) & (target < len(weight))
+    wide = torch.cat((weight.double(), weight.new_zeros(1, dtype=torch.float64)))
+    return _ordered_sum(wide[torch.where(kept, target, len(weight))], backend), some
 
 
-def _ordered_sum(values: Tensor) -> Tensor:
-    """In fp64 and in order: the same bits for any number of threads; sum() does not promise it."""
+def _ordered_sum(values: Tensor, backend: str) -> Tensor:
+    """In fp64; on a CPU in order: the same bits for any number of threads, which sum() does not
+    promise there. On a GPU it is cumsum that does not."""
+    if backend != "cpu":
+        return values.sum(dtype=torch.float64)
     return torch.cat((values.new_zeros(1), values)).double().cumsum(0)[-1]
 
 
@@ -237,7 +244,8 @@ def _forward(
             dtype=dtype,
         )  # fmt: skip
         return loss, _empty(input), _empty(input), _empty(input)
-    _check_range(target, linear_weight, ignore_index)
+    if backend == "cpu":
+        _check_range(target, linear_weight, ignore_index)
     wanted = (want_input, want_weight, want_bias)
     found = _sums(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, None,
@@ -246,8 +254,8 @@ def _forward(
     if reduction == "none":
         loss = found.losses.to(dtype, copy=True)
     else:
-        divisor, _ = _divisor(target, weight, ignore_index, reduction)
-        loss = (_ordered_sum(found.losses) / divisor).to(dtype)
+        divisor, _ = _divisor(target, weight, ignore_index, reduction, backend)
+        loss = (_ordered_sum(found.losses, backend) / divisor).to(dtype)
     dinput, dweight, dbias = (_empty(input) if g is None else g for g in found[1:])
     return loss, dinput, dweight, dbias
 
@@ -309,9 +317,9 @@ def _forward_bwd(
             grad, input, linear_weight, target, linear_bias, weight, dinput, dweight, dbias,
             ignore_index, label_smoothing, reduction, *wanted,
         )  # fmt: skip
-    divisor, some = _divisor(target, weight, ignore_index, reduction)
+    divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
     # Where no row counts, the mean divides 0 by 0; the gradient is zero all the same.
-    factor = (grad.double() / divisor if some else torch.zeros_like(grad)).float()
+    factor = torch.where(some, grad.double() / divisor, 0.0).float()
     pairs = list(zip((dinput, dweight, dbias), likes, wanted, strict=True))
     if all(x is None or g.shape == x.shape for g, x, want in pairs if want):
         # torch.mul rounds once, to the gradient's dtype.
