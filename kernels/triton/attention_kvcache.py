@@ -18,6 +18,7 @@ Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -184,6 +185,17 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
     bound = all_registers(warps) if dim > 128 else {}
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages,
             **bound}  # fmt: skip
+
+
+def candidates(op: str, key: tuple[int, int, torch.dtype, bool]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block_m in (16, 32, 64):
+        if block_m == 16 or block_m < 2 * key[0]:
+            for block_n in (16, 32, 64, 128):
+                for warps in (4, 8):
+                    for stages in (1, 2):
+                        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps,
+                               "num_stages": stages}  # fmt: skip
 
 
 def _splits(programs: int, capacity: int) -> int:

@@ -13,6 +13,9 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, taken
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
@@ -106,6 +109,13 @@ def _table(n: int, tile: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection."""
     block = min(_rows.power_of_2(n), 512)
     return {"ROWS": max(1, min(tile // block, 32)), "BLOCK": block, "num_warps": 4}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block in sorted({min(key[0], size) for size in (128, 256, 512)}):
+        for config in _rows.tiles(block, most=1024):
+            yield {**config, "BLOCK": block}
 
 
 def _placed(x: Tensor, dims: int) -> tuple[Tensor, tuple[int, ...]]:
