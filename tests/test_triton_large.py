@@ -160,7 +160,9 @@ def test_triton_large_attention(axis: str, edge: Callable[[int], None]) -> None:
 
 
 def far(generator: torch.Generator, *sizes: int, axis: int) -> Tensor:
-    """Values along `axis` spread over more than 2^31 elements, the other axes packed."""
+    """Values along `axis` spread over more than 2^31 elements, the other axes packed. Of three and
+    more: one stride alone that is beyond 32 bits makes all that it is multiplied with 64-bit."""
+    assert sizes[axis] > 2
     strides, step = [0] * len(sizes), 1
     for i in reversed(range(len(sizes))):
         if i != axis:
@@ -176,8 +178,8 @@ def test_triton_large_attention_strides(form: str, axis: int) -> None:
     from llmops.kernels.triton import _config
 
     generator = torch.Generator().manual_seed(0)
-    q = far(generator, 2, 4, 40, 16, axis=axis)
-    k, v = (far(generator, 2, 2, 70, 16, axis=axis) for _ in range(2))
+    q = far(generator, 3, 3, 40, 16, axis=axis)
+    k, v = (far(generator, 3, 3, 70, 16, axis=axis) for _ in range(2))
     options: dict[str, Any] = {"causal": True}
     if form == "window":
         options = {"window": (30, 5), "softcap": 3.0}
@@ -199,14 +201,14 @@ def test_triton_large_attention_strides(form: str, axis: int) -> None:
 def test_triton_large_cache(axis: int, paged: bool) -> None:
     """A cache with any axis so far apart: appended to, and attended over."""
     results = []
-    lengths = torch.tensor([20, 9])
-    table = torch.tensor([[2, 0, -7], [3, 1, 9]]) if paged else None
+    lengths = torch.tensor([20, 9, 3])
+    table = torch.tensor([[2, 0, -7], [4, 1, 9], [3, -1, -1]], dtype=torch.int32) if paged else None
     for spread in (True, False):
         generator = torch.Generator().manual_seed(0)
-        sizes = (4, 2, 16, 8) if paged else (2, 2, 32, 8)
+        sizes = (5, 3, 16, 8) if paged else (3, 3, 32, 8)
         caches = [far(generator, *sizes, axis=axis) for _ in range(2)]
-        new = [far(generator, 2, 2, 3, 8, axis=axis) for _ in range(2)]
-        q = far(generator, 2, 4, 3, 8, axis=axis)
+        new = [far(generator, 3, 3, 3, 8, axis=axis) for _ in range(2)]
+        q = far(generator, 3, 6, 3, 8, axis=axis)
         if not spread:
             caches, q = [x.contiguous() for x in caches], q.contiguous()
         llmops.kv_cache_append_(*caches, *new, lengths, block_table=table, backend="triton")
@@ -216,6 +218,44 @@ def test_triton_large_cache(axis: int, paged: bool) -> None:
         results.append((*caches, out))
     for spread_result, packed in zip(*results, strict=True):
         assert torch.equal(spread_result, packed)
+
+
+def test_triton_large_chunk(edge: Callable[[int], None]) -> None:
+    """A chunk of a prompt whose result is that large."""
+    q, k = torch.randn(1, 1, 1, 64).to(DTYPE), torch.randn(1, 1, 16, 64).to(DTYPE)
+    chunk = q.expand(1, 1, 2**25 + 2, 64)
+    out = llmops.attention_kvcache(chunk, k, k, torch.tensor([16]), backend="triton")
+    assert isinstance(out, Tensor)
+    for token in (0, -2, -1):
+        assert torch.equal(out[0, 0, token], out[0, 0, 1]) and bool(out[0, 0, token].any())
+
+
+@pytest.mark.parametrize("axis", (1, 2, 3), ids=("heads", "tokens", "dim"))
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_triton_large_rope_strides(interleaved: bool, axis: int) -> None:
+    x = far(torch.Generator().manual_seed(0), 2, 3, 5, 12, axis=axis)
+    tables = llmops.rope_tables(5, 8)
+    turned = [
+        llmops.rope(y, *tables, interleaved=interleaved, backend="triton")
+        for y in (x, x.contiguous())
+    ]
+    assert torch.equal(*turned)
+    if axis != 3:  # in place it has to be dense
+        llmops.rope_qk_(x[:1], x[1:], *tables, interleaved=interleaved, backend="triton")
+        assert torch.equal(x, turned[0])
+
+
+def test_triton_large_class_strides() -> None:
+    """Classes, and columns of an embedding's table, that far apart."""
+    x = far(torch.Generator().manual_seed(0), 5, 70, axis=1)
+    ids = torch.tensor([0, 69, 35, 36, 68], dtype=torch.int32)
+    results = []
+    for given in (x, x.contiguous()):
+        leaf = given.requires_grad_()
+        loss = llmops.cross_entropy(leaf, ids, reduction="sum", backend="triton")
+        rows = llmops.embedding(ids[:1], leaf, backend="triton")
+        results.append((loss, rows, *torch.autograd.grad(loss, leaf)))
+    assert all(map(torch.equal, *results))
 
 
 def test_triton_large_embedding(edge: Callable[[int], None]) -> None:
