@@ -79,13 +79,14 @@ def _differentiate(spec: OpSpec, sample: Sample) -> None:
 
 @pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.name)
 def test_triton_launchers_wait_for_nothing(spec: OpSpec, recorded: list[Any]) -> None:
-    for sample in spec.samples(Make(torch.bfloat16)):
-        try:
-            _differentiate(spec, sample)
-        except NotImplementedError:  # what the backend says it does not serve
-            continue
-        except AssertionError as error:
-            raise AssertionError(f"{sample.id}: {error}") from error
+    for dtype in (torch.bfloat16, torch.float32):
+        for sample in spec.samples(Make(dtype)):
+            try:
+                _differentiate(spec, sample)
+            except NotImplementedError:  # what the backend says it does not serve
+                continue
+            except AssertionError as error:
+                raise AssertionError(f"{sample.id}: {error}") from error
     assert recorded
 
 

@@ -276,10 +276,10 @@ Tensor cross_entropy_bwd_cpu(const Tensor& grad, const std::optional<Tensor>& gr
 void cross_entropy_bwd_inplace_cpu(const Tensor& grad, Tensor x, const Tensor& target,
                                    const std::optional<Tensor>& weight, const Tensor& lse,
                                    int64_t ignore_index, double label_smoothing, double z_loss,
-                                   int64_t reduction) {
+                                   int64_t reduction, const std::optional<Tensor>& grad_lse) {
   LLMOPS_CHECK(x.is_contiguous(), "llmops.cross_entropy_bwd_: x must be contiguous");
   const Loss loss(x, target, weight, ignore_index, label_smoothing, z_loss, reduction);
-  backward(loss, grad, std::nullopt, lse, x, false);
+  backward(loss, grad, grad_lse, lse, x, false);
 }
 
 }  // namespace
@@ -295,7 +295,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
       "Tensor");
   m.def(
       "cross_entropy_bwd_(Tensor grad, Tensor(a!) x, Tensor target, Tensor? weight, Tensor lse, "
-      "int ignore_index, float label_smoothing, float z_loss, int reduction) -> ()");
+      "int ignore_index, float label_smoothing, float z_loss, int reduction, "
+      "Tensor? grad_lse=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd_cpu));

@@ -1,11 +1,14 @@
-"""linear_cross_entropy for any backend that has cross_entropy: logits a few rows at a time.
+"""linear_cross_entropy for any backend that has cross_entropy: a few logits at a time.
 
 The matrix products are torch's own; the loss and its gradient are the backend's kernels, the
-gradient in place over the logits it came from. Where torch has no 16-bit product worth the name
-(CPUs before AVX-512), `wide` says so: operands are then widened to fp32, some classes at a time.
+gradient in place over the logits it came from. Two ways to take the logits:
 
-On a CPU the rows that count are gathered first. How many there are a GPU would have to be asked and
-waited for, which a CUDA graph cannot hold: there logits of all rows are computed.
+- `sums`: some rows, all their classes. For devices that are slow to start and fast to finish, which
+  are not waited for either: `sums_of_all`.
+- `sums_by_class`: some rows, and of these some classes after the other, as dense matrices of their
+  own, merged by their log-sum-exps. For CPUs: a product with 2048 classes keeps its operands and
+  its result in the last-level cache, and one into rows of 50257 classes runs at two thirds of its
+  rate. In fp32 throughout: 16-bit operands are widened, some classes at a time.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from torch import Tensor
 CHUNK_BYTES = 64 << 20
 # And at most a quarter of the rows, but not fewer rows than a matrix product needs: the product for
 # the logits runs at 0.9 of its rate with 128 rows and at 0.7 with 64, beside 256.
-CHUNKS, FEWEST_ROWS = 4, 128
+CHUNKS, FEWEST_ROWS = 2, 256
 _NO_REDUCTION = 0
-# Classes whose weights are widened at once: their fp32 copy stays in the cache beside its products.
-WIDE_CLASSES = 2048
+# sums_by_class: classes per product, and rows where only the loss is wanted. 4 MiB of logits per
+# 512 rows, and 6 MiB of weights at a width of 768.
+CLASSES, MOST_ROWS = 2048, 2048
 
 
 class Sums(NamedTuple):
@@ -36,37 +40,87 @@ class Sums(NamedTuple):
     dbias: Tensor | None  # [V], fp32
 
 
+class Call(NamedTuple):
+    """input [N, D], linear_weight [V, D], target [N], linear_bias [V], weight fp32 [V]; row_grad
+    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias."""
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    row_grad: Tensor | None
+    wanted: tuple[bool, bool, bool]
+
+
 def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
     """Rows per chunk: by shape and dtype alone, so that results do not depend on the machine."""
     fit = max(16, CHUNK_BYTES // max(1, classes * itemsize))
     fit = min(fit, max(FEWEST_ROWS, -(-rows // CHUNKS)))
-    return -(-rows // max(1, -(-rows // fit)))  # chunks of equal size
+    return _equal(rows, fit)
 
 
-def sums(
-    losses_of: Callable[..., tuple[Tensor, Tensor]],
-    gradient_of_: Callable[..., None],
-    gathers: bool,
-    wide: bool,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    row_grad: Tensor | None,
-    wanted: tuple[bool, bool, bool],
+def _equal(rows: int, most: int) -> int:
+    """The size of equal chunks of rows, of at most so many."""
+    return -(-rows // max(1, -(-rows // most)))
+
+
+def sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
+    return _of_counted(call, lambda some: _sums(losses_of, gradient_of_, some))
+
+
+def sums_of_all(
+    losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call
 ) -> Sums:
-    """input [N, D], linear_weight [V, D], target [N], linear_bias [V], weight fp32 [V]; row_grad
-    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias;
-    gathers: ignored rows may be left out; wide: 16-bit products are to be done in fp32."""
-    counted = target != ignore_index
-    if gathers and not bool(counted.all()):
-        return _without_ignored(
-            counted.nonzero()[:, 0], losses_of, gradient_of_, wide, input, linear_weight, target,
-            linear_bias, weight, ignore_index, label_smoothing, row_grad, wanted,
-        )  # fmt: skip
+    """The logits of ignored rows too: to count the others a GPU would have to be waited for, which
+    a CUDA graph cannot hold. As of zeros: what such a row holds, NaN too, must reach no sum."""
+    kept = (call.target != call.ignore_index)[:, None]
+    whole = call._replace(input=torch.where(kept, call.input, 0.0))
+    return _sums(losses_of, gradient_of_, whole)
+
+
+def sums_by_class(
+    losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call
+) -> Sums:
+    if len(call.linear_weight) > CLASSES:
+        return _of_counted(call, lambda some: _sums_by_class(losses_of, gradient_of_, some))
+    bias = call.linear_bias
+    wide = call._replace(
+        input=call.input.float(),
+        linear_weight=call.linear_weight.float(),
+        linear_bias=None if bias is None else bias.float(),
+    )
+    found = sums(losses_of, gradient_of_, wide)
+    dinput = found.dinput
+    return found._replace(dinput=None if dinput is None else dinput.to(call.input.dtype))
+
+
+def _of_counted(call: Call, run: Callable[[Call], Sums]) -> Sums:
+    """run(call) over the rows that count: of prompts and padding no logits are computed at all."""
+    counted = call.target != call.ignore_index
+    if bool(counted.all()):
+        return run(call)
+    kept, row_grad = counted.nonzero()[:, 0], call.row_grad
+    some = run(
+        call._replace(
+            input=call.input[kept],
+            target=call.target[kept],
+            row_grad=None if row_grad is None else row_grad[kept],
+        )
+    )
+    losses = some.losses.new_zeros(call.target.shape).index_copy_(0, kept, some.losses)
+    dinput = some.dinput
+    if dinput is not None:
+        dinput = dinput.new_zeros(call.input.shape).index_copy_(0, kept, dinput)
+    return Sums(losses, dinput, some.dweight, some.dbias)
+
+
+def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
+    input, linear_weight, target, linear_bias, weight, ignore_index, smoothing, row_grad, wanted = (
+        call
+    )
     (rows, _), classes = input.shape, linear_weight.shape[0]
     losses = input.new_empty(rows, dtype=torch.float32)
     if row_grad is None:
@@ -77,82 +131,129 @@ def sums(
         dweight = torch.zeros_like(
             linear_weight, dtype=torch.float32, memory_format=torch.contiguous_format
         )
-        if input.dtype != torch.float32 and not wide:
+        if input.dtype != torch.float32:
             part = torch.empty_like(dweight, dtype=input.dtype)
     if wanted[2]:
         dbias = input.new_zeros(classes, dtype=torch.float32)
     step = chunk_rows(rows, classes, input.element_size())
     buffer = input.new_empty(step, classes)
+    how = (ignore_index, smoothing, 0.0, _NO_REDUCTION)
     for begin in range(0, rows, max(step, 1)):
         here = slice(begin, begin + step)
         x, t = input[here], target[here]
-        if not gathers:  # what an ignored row holds, NaN too, reaches no sum: 0 * NaN is NaN
-            x = torch.where(counted[here, None], x, 0.0)
         logits = buffer[: len(x)]
-        if wide:
-            x = x.float()
-            _wide_logits(x, linear_weight, linear_bias, logits)
-        elif linear_bias is None:
+        if linear_bias is None:
             torch.mm(x, linear_weight.t(), out=logits)
         else:
             torch.addmm(linear_bias, x, linear_weight.t(), out=logits)
-        how: tuple[Any, ...] = (ignore_index, label_smoothing, 0.0, _NO_REDUCTION)
         losses[here], lse = losses_of(logits, t, weight, *how, torch.float32)
         if not any(wanted):
             continue
         gradient_of_(row_grad[here], logits, t, weight, lse, *how)
-        if wide:
-            _wide_gradients(
-                x, linear_weight, logits, None if dinput is None else dinput[here], dweight
-            )
-        elif dinput is not None:
+        if dinput is not None:
             torch.mm(logits, linear_weight, out=dinput[here])
         if part is not None and dweight is not None:
             dweight += torch.mm(logits.t(), x, out=part)
-        elif dweight is not None and not wide:
+        elif dweight is not None:
             dweight.addmm_(logits.t(), x)
         if dbias is not None:
             dbias += logits.sum(0, dtype=torch.float32)
     return Sums(losses, dinput, dweight, dbias)
 
 
-def _wide_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [n, V] = x weight^T + bias, in fp32 (x is), rounded once to out's dtype."""
-    for begin in range(0, len(weight), WIDE_CLASSES):
-        here = slice(begin, begin + WIDE_CLASSES)
-        logits = x @ weight[here].float().t()
-        out[:, here] = logits if bias is None else logits.add_(bias[here])
+# ---- by class ------------------------------------------------------------------------------------
 
 
-def _wide_gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, dinput: Tensor | None, dweight: Tensor | None
-) -> None:
-    """dinput [n, D] = grad weight, rounded once; dweight [V, D] += grad^T x, which is fp32."""
-    total = x.new_zeros(x.shape)
-    for begin in range(0, len(weight), WIDE_CLASSES):
-        here = slice(begin, begin + WIDE_CLASSES)
-        g = grad[:, here].float()
-        if dinput is not None:
-            total.addmm_(g, weight[here].float())
-        if dweight is not None:
-            dweight[here].addmm_(g.t(), x)
-    if dinput is not None:
-        dinput.copy_(total)
+class _Run(NamedTuple):
+    """Consecutive classes, and of a chunk of rows their logits, fp32 and dense."""
+
+    classes: slice
+    logits: Tensor  # [n, classes]; then the gradient
+    inside: Tensor  # [n], the target is one of them
+    local: Tensor  # [n], which of them; 0 elsewhere
 
 
-def _without_ignored(
-    kept: Tensor, losses_of: Any, gradient_of_: Any, wide: bool, input: Tensor,
-    linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, row_grad: Tensor | None,
-    wanted: tuple[bool, bool, bool],
-) -> Sums:  # fmt: skip
-    """The same over the rows that count: of prompts and padding no logits are computed at all."""
-    some = sums(
-        losses_of, gradient_of_, True, wide, input[kept], linear_weight, target[kept], linear_bias,
-        weight, ignore_index, label_smoothing, None if row_grad is None else row_grad[kept], wanted,
+def _sums_by_class(
+    losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call
+) -> Sums:
+    input, linear_weight, target, weight, wanted = (
+        call.input, call.linear_weight, call.target, call.weight, call.wanted,
     )  # fmt: skip
-    losses = some.losses.new_zeros(input.shape[0]).index_copy_(0, kept, some.losses)
-    dinput = some.dinput
-    if dinput is not None:
-        dinput = input.new_zeros(input.shape).index_copy_(0, kept, dinput)
-    return Sums(losses, dinput, some.dweight, some.dbias)
+    (rows, _), classes, smoothing = input.shape, linear_weight.shape[0], call.label_smoothing
+    losses = input.new_empty(rows, dtype=torch.float32)
+    dinput = input.new_empty(input.shape) if wanted[0] else None
+    fresh = losses.new_empty if rows else losses.new_zeros
+    dweight = fresh(linear_weight.shape) if wanted[1] else None
+    dbias = losses.new_zeros(classes) if wanted[2] else None
+    whole = any(wanted)
+    step = chunk_rows(rows, classes, 4) if whole else _equal(rows, MOST_ROWS)
+    buffer = losses.new_empty(step * (classes if whole else CLASSES))
+    even = smoothing / classes
+    for begin in range(0, rows, max(step, 1)):
+        here = slice(begin, begin + step)
+        x, own = input[here].float(), 1.0 if weight is None else weight[target[here]].double()
+        runs, lse, picked, level = _logits(losses_of, call, x, target[here], buffer, whole)
+        loss = (lse - picked) * own
+        total: Any = classes if weight is None else weight.sum(dtype=torch.float64)
+        if smoothing > 0:
+            loss = (1 - smoothing) * loss + even * (total * lse - level)
+        losses[here] = loss
+        if not whole:
+            continue
+        # loss_i's gradient: toward (softmax - onehot) + rest softmax - even weight.
+        grad = losses.new_ones(len(x)) if call.row_grad is None else call.row_grad[here]
+        toward, spread = grad.double() * own * (1 - smoothing), grad.double() * even
+        dx: Tensor | None = None
+        for run in runs:
+            w, g = linear_weight[run.classes].float(), run.logits
+            near = torch.where(run.inside, toward, 0.0).float()
+            far = toward + spread * total - near
+            gradient_of_(near, g, run.local, None, lse, -1, 0.0, 0.0, _NO_REDUCTION, far)
+            if smoothing > 0:
+                g -= spread.float()[:, None] * (1.0 if weight is None else weight[run.classes])
+            if dinput is not None:
+                dx = _product(g, w) if dx is None else dx.addmm_(g, w)
+            if dweight is not None:
+                if begin == 0:
+                    torch.mm(g.t(), x, out=dweight[run.classes])
+                else:
+                    dweight[run.classes].addmm_(g.t(), x)
+            if dbias is not None:
+                dbias[run.classes] += g.sum(0)
+        if dinput is not None and dx is not None:
+            dinput[here] = dx
+    return Sums(losses, dinput, dweight, dbias)
+
+
+def _logits(
+    losses_of: Callable[..., Any], call: Call, x: Tensor, target: Tensor, buffer: Tensor, keep: bool
+) -> tuple[list[_Run], Tensor, Tensor, Tensor]:
+    """The runs of classes, whose logits are kept or overwritten one by the other; and of each row,
+    fp64: the log-sum-exp, the target's logit, the sum of all logits times their class's weight (for
+    label smoothing)."""
+    n, classes, smooth = len(x), len(call.linear_weight), call.label_smoothing > 0
+    runs, lses = [], []
+    picked, level = x.new_zeros((2, n), dtype=torch.float64)
+    for begin in range(0, classes, CLASSES):
+        here = slice(begin, min(begin + CLASSES, classes))
+        count, at = here.stop - begin, n * begin if keep else 0
+        logits = buffer[at : at + n * count].view(n, count)
+        torch.mm(x, call.linear_weight[here].float().t(), out=logits)
+        if call.linear_bias is not None:
+            logits += call.linear_bias[here]
+        inside = (target >= begin) & (target < here.stop)
+        # A row whose target is elsewhere takes class 0 in its place: only its lse counts.
+        local = torch.where(inside, target - begin, 0)
+        lses.append(losses_of(logits, local, None, -1, 0.0, 0.0, _NO_REDUCTION, torch.float32)[1])
+        of_target = logits.gather(1, local[:, None].long())[:, 0]
+        picked += torch.where(inside, of_target, 0.0)
+        if smooth:
+            own = call.weight
+            level += logits.sum(1) if own is None else _product(logits, own[here, None])[:, 0]
+        runs.append(_Run(here, logits, inside, local))
+    return runs, torch.stack(lses).logsumexp(0), picked, level
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 under autocast, too, which lets a product with `out` alone."""
+    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))

@@ -149,5 +149,7 @@ if _extension.REASON is None:
     sample = _raw.sample.default
 
     def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
-        wide = widens_products(args[0].dtype)
-        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, True, wide, *args)
+        call, dtype = _linear_cross_entropy.Call(*args), args[0].dtype
+        in_fp32 = dtype == torch.float32 or widens_products(dtype)
+        way = _linear_cross_entropy.sums_by_class if in_fp32 else _linear_cross_entropy.sums
+        return way(cross_entropy, cross_entropy_bwd_, call)

@@ -124,7 +124,7 @@ def describe(call: Call) -> str:
 
 def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
     loss, gradient = __getattr__("cross_entropy"), __getattr__("cross_entropy_bwd_")
-    return _linear_cross_entropy.sums(loss, gradient, False, False, *args)
+    return _linear_cross_entropy.sums_of_all(loss, gradient, _linear_cross_entropy.Call(*args))
 
 
 def __getattr__(name: str) -> Any:

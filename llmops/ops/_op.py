@@ -120,6 +120,13 @@ class Op:
         return self.forward(*args)
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether x's values can be read: no transform, mode, tracing or type of its own is around."""
+    if type(x) not in _PLAIN or x.is_meta or _is_compiling() or _dispatch_modes():
+        return False
+    return _functorch_level() is None and not torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def refuse_transforms(op: str, remedy: str, *written: Tensor) -> None:
     """For operators that write in place: torch.func.vmap and forward-mode AD do not follow them,
     and a tangent that stays as it was is a wrong one."""

@@ -11,7 +11,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check, _dtensor
-from llmops.ops._op import Op
+from llmops.ops._op import Op, is_plain
 from llmops.ops.cross_entropy import (
     _wide_weight,
     check_numbers,
@@ -38,8 +38,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target), as torch.nn.functional's.
 
-    The logits [N, V] are made and used a chunk of rows at a time (at most 64 MiB, and at most a
-    quarter of the rows where that leaves 128 or more): that chunk is all of them that ever exists.
+    The logits [N, V] are made and used a chunk of rows at a time (at most 64 MiB, and at most
+    half of the rows where that leaves 256 or more): that chunk is all of them that ever exists.
 
     "mean" and "sum" compute the gradients in the forward pass, while a chunk's logits are there:
     three matrix products in all, as in a step that keeps its logits, where computing the logits
@@ -74,10 +74,11 @@ def linear_cross_entropy(
         TypeError, ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a named backend cannot serve the call, or weight requires a gradient.
 
-    Numerics: logits are rounded to input's dtype, as a matrix product does; the loss as in
-    `llmops.cross_entropy`. The gradients of linear_weight and linear_bias are added up in fp32 over
-    the chunks; the mean's division and a loss scale enter after that, with one rounding, so that
-    fp16 does not underflow.
+    Numerics: logits are rounded to input's dtype, as a matrix product does, or stay in fp32 where
+    the product is done in it (CPUs without a 16-bit one); the loss as in `llmops.cross_entropy`.
+    The gradients of linear_weight and linear_bias are added up in fp32 over the chunks; of 16-bit
+    inputs the mean's division and a loss scale enter after that, with one rounding, so that fp16
+    does not underflow.
 
     DTensors: input may be split by rows, linear_weight by classes; in the second case each rank
     holds its classes' logits, [N, V / ranks], at once.
@@ -217,6 +218,11 @@ def _divisor(
     return _ordered_sum(wide[torch.where(kept, target, len(weight))], backend), some
 
 
+def _divides_ahead(input: Tensor, reduction: str) -> bool:
+    """Whether the gradients made in the forward are the mean's. 16-bit ones might underflow."""
+    return reduction == "mean" and input.dtype == torch.float32
+
+
 def _ordered_sum(values: Tensor, backend: str) -> Tensor:
     """In fp64; on a CPU in order: the same bits for any number of threads, which sum() does not
     promise there. On a GPU it is cumsum that does not."""
@@ -246,15 +252,17 @@ def _forward(
         return loss, _empty(input), _empty(input), _empty(input)
     if backend == "cpu":
         _check_range(target, linear_weight, ignore_index)
-    wanted = (want_input, want_weight, want_bias)
+    wanted, row_grad = (want_input, want_weight, want_bias), None
+    divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
+    if any(wanted) and _divides_ahead(input, reduction):
+        row_grad = torch.where(some, 1 / divisor, divisor).float().expand(target.shape)
     found = _sums(
-        input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, None,
+        input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, row_grad,
         wanted, backend,
     )  # fmt: skip
     if reduction == "none":
         loss = found.losses.to(dtype, copy=True)
     else:
-        divisor, _ = _divisor(target, weight, ignore_index, reduction, backend)
         loss = (_ordered_sum(found.losses, backend) / divisor).to(dtype)
     dinput, dweight, dbias = (_empty(input) if g is None else g for g in found[1:])
     return loss, dinput, dweight, dbias
@@ -297,9 +305,27 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple[Any, ...]:
     wanted = (needs[0], needs[1], needs[3])
     if grad is None or not any(wanted):
         return (None,) * 13
+    held = _held(ctx, grad, wanted)
+    if held is not None:
+        return held[0], held[1], None, held[2], *(None,) * 9
     found = _linear_cross_entropy_bwd(grad, *ctx.saved_tensors, *ctx.how, *wanted, ctx.backend)
     dinput, dweight, dbias = (g if want else None for g, want in zip(found, wanted, strict=True))
     return dinput, dweight, None, dbias, *(None,) * 9
+
+
+def _held(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...] | None:
+    """The gradients of the forward themselves where they are the answer, as under loss.backward():
+    a copy of a vocabulary's would take as long as a fifth of its products. Whoever writes into one
+    and then goes backward again is told so by its version."""
+    input, linear_weight, _, linear_bias, _, *made = ctx.saved_tensors
+    if input.dtype != torch.float32 or torch.is_grad_enabled() or not is_plain(grad):
+        return None
+    if ctx.how[2] not in ("mean", "sum") or ctx.backend != "cpu" or float(grad) != 1.0:
+        return None
+    pairs = list(zip(made, (input, linear_weight, linear_bias), wanted, strict=True))
+    if any(want and (x is None or g.shape != x.shape) for g, x, want in pairs):
+        return None
+    return tuple(g if want else None for g, _, want in pairs)
 
 
 def _forward_bwd(
@@ -317,11 +343,14 @@ def _forward_bwd(
             grad, input, linear_weight, target, linear_bias, weight, dinput, dweight, dbias,
             ignore_index, label_smoothing, reduction, *wanted,
         )  # fmt: skip
-    divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
-    # Where no row counts, the mean divides 0 by 0; the gradient is zero all the same.
-    factor = torch.where(some, grad.double() / divisor, 0.0).float()
     pairs = list(zip((dinput, dweight, dbias), likes, wanted, strict=True))
-    if all(x is None or g.shape == x.shape for g, x, want in pairs if want):
+    made = all(x is None or g.shape == x.shape for g, x, want in pairs if want)
+    factor = grad.float()
+    if not (made and _divides_ahead(input, reduction)):
+        divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
+        # Where no row counts, the mean divides 0 by 0; the gradient is zero all the same.
+        factor = torch.where(some, grad.double() / divisor, 0.0).float()
+    if made:
         # torch.mul rounds once, to the gradient's dtype.
         return tuple(
             torch.mul(g, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))

@@ -15,19 +15,20 @@ from llmops.testing._core import Make, OpSpec, Sample
 
 
 def samples(make: Make) -> Iterator[Sample]:
-    target = make.ints(200, high=70)
-    # 200 rows are two chunks. fp16 holds logits of a few tens to 2^-6 only: keep them small.
-    yield Sample("200x24-of-70", (make(200, 24, scale=0.3), make(70, 24), target))
-    some = target.masked_fill(~make.bools(200, keep=0.6), -100)
+    target = make.ints(300, high=70)
+    # 300 rows are two chunks, 2100 classes two runs of a CPU's. fp16 holds logits of a few tens to
+    # 2^-6 only: keep them small.
+    yield Sample("300x24-of-70", (make(300, 24, scale=0.3), make(70, 24), target))
+    some = make.ints(9, high=2100).masked_fill(~make.bools(9, keep=0.6), -100)
     everything = {
-        "linear_bias": make(70),
-        "weight": make(70, grad=False).abs(),
+        "linear_bias": make(2100),
+        "weight": make(2100, grad=False).abs(),
         "label_smoothing": 0.2,
     }
-    few = (make(200, 24, scale=0.3), make(70, 24), some)
-    yield Sample("ignored-all-200x24", few, everything)
-    none = {**everything, "linear_bias": make(70), "reduction": "none"}
-    yield Sample("none-200x24", (make(200, 24, scale=0.3), make(70, 24), some), none)
+    few = (make(9, 8, scale=0.3), make(2100, 8), some)
+    yield Sample("ignored-all-9x8", few, everything)
+    none = {**everything, "linear_bias": make(2100), "reduction": "none"}
+    yield Sample("none-9x8", (make(9, 8, scale=0.3), make(2100, 8), some), none)
     yield Sample(
         "sum-9x16", (make(9, 16), make(33, 16), make.ints(9, high=33)), {"reduction": "sum"}
     )
@@ -41,7 +42,7 @@ def samples(make: Make) -> Iterator[Sample]:
     nothing = torch.full((3,), -100, device=make.device)
     yield Sample("all-ignored", (make(3, 8), make(9, 8), nothing), {"linear_bias": make(9)})
     yield Sample("empty-0x8", (make(0, 8), make(9, 8), make.ints(0, high=9)), {"reduction": "sum"})
-    wide = (make(4, 8), make(9, 8), make.ints(4, high=9))
+    wide = (make(4, 8, scale=0.3), make(9, 8), make.ints(4, high=9))
     yield Sample("dtype-4x8", wide, {"dtype": torch.float32})
 
 
