@@ -53,7 +53,7 @@ test-triton: install
 test-triton-attention:
 	$(MAKE) test-triton TRITON_PARTS=$(TRITON_ATTENTION_PARTS) TRITON_ONLY="attention and not merge" \
 	TRITON_FILES="$(wildcard tests/test_attention*.py) tests/test_triton_attention.py \
-	tests/test_scaled_dot_product_attention.py"
+	tests/test_triton_large.py tests/test_scaled_dot_product_attention.py"
 
 # The CUDA kernels under the simulator of tests/cuda_sim, a part of them that rotates as well.
 # make test-cuda CUDA_PARTS=1 CUDA_ONLY=softmax: all there is of an op.

@@ -104,7 +104,8 @@ from llmops.kernels.triton import _config
 import torch.nn.functional as F
 torch.manual_seed(0)
 x, w, ids = torch.randn(6, 40), torch.rand(40) + 0.5, torch.arange(6)
-q = torch.randn(1, 2, 70, 16)
+tokens, lse = torch.tensor([0, 5, 5, 1]), torch.randn(6)
+q, keys = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 600, 16)
 angles = torch.randn(70, 8)
 cos, sin = angles.cos(), angles.sin()
 def turned(q):
@@ -121,6 +122,12 @@ calls = {
     "cross_entropy": (lambda x: llmops.cross_entropy(x, ids),
                       lambda x: F.cross_entropy(x, ids), (x,)),
     "rope": (lambda q: llmops.rope(q, cos, sin), turned, (q,)),
+    "embedding": (lambda w: llmops.embedding(tokens, w), lambda w: F.embedding(tokens, w), (x,)),
+    "merge_attention": (lambda a, b: llmops.merge_attention(a, lse, b, -lse)[0],
+                        lambda a, b: a * (2 * lse).sigmoid()[:, None]
+                        + b * (-2 * lse).sigmoid()[:, None], (x, x.flip(0))),
+    "attention_kvcache": (lambda q: llmops.attention(q, keys, keys),
+                          lambda q: F.scaled_dot_product_attention(q, keys, keys), (q[:, :, :3],)),
     "attention": (lambda q: llmops.attention(q, q, q, causal=True),
                   lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), (q,)),
 }
@@ -140,7 +147,8 @@ with llmops.use_backend("triton"):
             for option in options[:: len(options) - 1]:
                 with _config.override(op, **option):
                     compare(case, outcome(case, case.ours), want)
-backward = {f"{op}_bwd" for op in ("softmax", "gelu", "rms_norm", "layer_norm", "cross_entropy")}
+backward = {f"{op}_bwd" for op in ("softmax", "gelu", "rms_norm", "layer_norm", "cross_entropy",
+                                   "embedding", "merge_attention")}
 assert reached == {*calls, *backward, "glu_bwd", "attention_bwd"}, reached
 from llmops.kernels.triton import _norm, _norm_bwd, cross_entropy, sample  # long rows
 for module in (_norm, _norm_bwd, cross_entropy, sample):

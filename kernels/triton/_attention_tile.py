@@ -90,13 +90,14 @@ def block_range(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 def rows_of(rows, keep, part, DIM: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):
     """Columns part * BLOCK and on of the rows at pointers `rows` [N, 1]; zeros where not kept."""
     d = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+    padded: tl.constexpr = DIM % BLOCK != 0 or DIM == 0
     if CUT:
-        if DIM % BLOCK != 0:
+        if padded:
             return tl.load(rows + d, mask=keep & (d < DIM), other=0.0)
         else:
             return tl.load(rows + d, mask=keep, other=0.0)
     else:
-        if DIM % BLOCK != 0:
+        if padded:
             return tl.load(rows + d, mask=d < DIM, other=0.0)
         else:
             return tl.load(rows + d)

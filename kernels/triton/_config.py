@@ -23,8 +23,8 @@ from llmops.kernels.triton import _launch
 
 Config = dict[str, Any]
 Key = tuple[Any, ...]
-# op -> key -> configuration: what tuning found on this device; None before the first look.
-tuned: dict[str, dict[Key, Config]] | None = None
+# device -> op -> key -> configuration: what tuning found there, of devices that were asked for.
+_tuned: dict[int | None, dict[str, dict[Key, Config]]] = {}
 _overrides: dict[str, Config] = {}
 _watchers: list[list[tuple[str, Key]]] = []
 
@@ -60,7 +60,8 @@ def choose(op: str, key: Key, table: Config) -> Config:
         seen.append((op, key))
     config = table
     if not _launch.INTERPRETED and not _launch.is_recording():
-        found = (load() if tuned is None else tuned).get(op)
+        here = _tuned.get(_launch.current_device())
+        found = (load() if here is None else here).get(op)
         config = table if found is None else {**table, **found.get(key, {})}
     forced = _overrides.get(op)
     return config if forced is None else {**config, **forced}
@@ -94,12 +95,11 @@ def _read() -> dict[str, Any]:
 
 
 def load() -> dict[str, dict[Key, Config]]:
-    """From the file, once; a device that is not in it has its tables."""
-    global tuned
+    """Of the current device, from the file, once; one that is not in it has its tables."""
     found: dict[str, dict[Key, Config]] = {}
     for op, key, config in _read().get(_where(), []):
         found.setdefault(op, {})[tuple(map(_decoded, key))] = config
-    tuned = found
+    _tuned[_launch.current_device()] = found
     return found
 
 
@@ -119,7 +119,7 @@ def save(found: dict[str, dict[Key, Config]]) -> None:
     part = path.with_suffix(f".{os.getpid()}")  # whole or not at all, for other processes' reads
     part.write_text(json.dumps(everything, indent=1) + "\n")
     part.replace(path)
-    load()
+    _tuned.clear()
 
 
 def _encoded(part: Any) -> Any:

@@ -2,7 +2,8 @@
 for ahead-of-time compilation or interpreted.
 
 A launcher calls `launch(kernel, grid, *arguments, **constants)` and nothing else of Triton's
-runtime. Inside `recording(architecture)` launchers may be called with meta tensors: each launch is
+runtime. The tables and the launch are those of the current device: `on_its_device` makes that the
+tensors'. Inside `recording(architecture)` launchers may be called with meta tensors: each launch is
 then kept with what Triton would specialize on, and nothing runs. The ahead-of-time gate compiles
 what the launchers really ask for in this way, at real shapes.
 """
@@ -10,14 +11,14 @@ what the launchers really ask for in this way, at real shapes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -95,8 +96,26 @@ def is_recording() -> bool:
     return _recorded is not None
 
 
+def current_device() -> int | None:
+    """None where no GPU has been used yet."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher, with the device of its first argument, a tensor, as the current one."""
+
+    @functools.wraps(launcher)
+    def run(first: Any, *rest: Any, **named: Any) -> Any:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return launcher(first, *rest, **named)
+        return launcher(first, *rest, **named)
+
+    return run
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Runs `kernel` over `grid`, on the device of its first tensor and that device's stream."""
+    """Runs `kernel` over `grid`, on the current device and its current stream."""
     if 0 in grid:
         return
     if _recorded is not None:
@@ -108,9 +127,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         with _one_at_a_time:
             kernel[grid](*arguments, **constants)
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    if device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **constants)
-    else:
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
+    kernel[grid](*arguments, **constants)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from llmops.kernels.triton import _config
 from torch import Tensor
 
@@ -13,6 +15,16 @@ from torch import Tensor
 TILE = 4096
 # The longest row held in registers; longer ones are looped over.
 LONGEST = 16384
+
+
+@triton.jit
+def begin_of(row, size_b, size_c, stride_a, stride_b, stride_c):
+    """Where the rows `row` of a tensor begin; sizes and strides are those of `broadcast`. The sizes
+    are not multiplied: that may be beyond 32 bits."""
+    row = row.to(tl.int64)
+    outer = row // size_c
+    at = outer // size_b * stride_a + outer % size_b * stride_b
+    return at + row % size_c * stride_c
 
 
 def power_of_2(n: int) -> int:

@@ -6,7 +6,8 @@ skipped, and the heaviest query blocks of a head come first. Exponentials in bas
 folded in; K and V are shared by a group of heads and never repeated. Backward: `attention_bwd.py`.
 fp32 softmax and sums, weights rounded to v's dtype for the product with v. Head dimensions are
 padded to a power of two; above BLOCK_D they are split in chunks, one program per chunk of the
-output, each with the whole scores. 4 Tq Tk D flops per head. Formula: `_attention_tile.py`.
+output, each with the whole scores. Few queries over many keys: `attention_kvcache.py`'s kernels,
+which divide the keys. 4 Tq Tk D flops per head. Formula: `_attention_tile.py`.
 
 Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 """
@@ -41,6 +42,7 @@ from llmops.kernels.triton._attention_tile import (
     sequence,
 )  # fmt: skip
 from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton.attention_kvcache import attention_kvcache, divides_keys
 from torch import Tensor
 
 
@@ -191,5 +193,8 @@ def attention(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [B, Hq, Tq, Dv] laid out as q, lse [B, Hq, Tq] fp32."""
+    if mask is None and not dropout_p and divides_keys(q, k, v):
+        form = (window_left, window_right, alibi_slopes, softcap, sinks)
+        return attention_kvcache(q, k, v, None, None, None, causal, scale, *form)
     modifiers = (window_left, window_right, alibi_slopes, softcap, sinks, dropout_p, seed)
     return forward(q, k, v, mask, causal, scale, modifiers)

@@ -7,7 +7,7 @@ s as in _attention_tile.py. A program takes the queries of one key head's group,
 group, and even one query per head fills a tile of 16 rows. With more than one part each leaves its
 own softmax and log-sum-exp in fp32, and a second kernel weighs the parts. The number of parts
 depends on shapes alone; each sequence divides its own length by it, on the device. Bytes: the keys
-and values held.
+and values held. `attention` of few queries over many keys comes here, too.
 
 A GPU is not waited for, so nothing raises here: a sequence whose length or left pad the cache
 cannot hold, and a query that sees a key of a block that is not there, give NaN, and nothing is read
@@ -18,6 +18,7 @@ Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from torch import Tensor
 
 MOST_SPLITS = 64
 SPLIT_KEYS = 256  # the fewest keys worth a part of their own
+MOST_ROWS = 64  # of a tile: the queries of a group that share one read of its keys
+WIDEST = 512  # head dimension
 
 
 @triton.jit
@@ -52,7 +55,9 @@ def attention_kvcache_fwd_kernel(
     start = tl.cast(0, tl.int64)
     if PADDED:
         start = tl.load(leftpad + b * pad_stride).to(tl.int64)
-    end = tl.load(lengths + b * length_stride).to(tl.int64)
+    end = tl.cast(capacity, tl.int64)
+    if lengths is not None:
+        end = tl.load(lengths + b * length_stride).to(tl.int64)
     valid = (start >= 0) & (start <= end) & (end <= capacity)
     start = tl.where(valid, start, 0)
     keys = tl.where(valid, end - start, 0).to(tl.int32)
@@ -182,17 +187,36 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
             **bound}  # fmt: skip
 
 
+def candidates(op: str, key: tuple[int, int, torch.dtype, bool]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block_m in (16, 32, 64):
+        if block_m == 16 or block_m < 2 * key[0]:
+            for block_n in (16, 32, 64, 128):
+                for warps in (4, 8):
+                    for stages in (1, 2):
+                        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps,
+                               "num_stages": stages}  # fmt: skip
+
+
 def _splits(programs: int, capacity: int) -> int:
     """So many parts that two programs run on each processor; from shapes alone."""
     wanted = triton.cdiv(2 * _launch.processors(), programs)
     return max(1, min(wanted, triton.cdiv(capacity, SPLIT_KEYS), MOST_SPLITS))
 
 
+def divides_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether attention's queries are so few that their programs would leave processors without
+    work, and its keys so many that it is worth while to divide them."""
+    rows = q.shape[2] * (q.shape[1] // max(k.shape[1], 1))
+    widest = max(q.shape[3], v.shape[3])
+    return rows <= MOST_ROWS and k.shape[2] >= 2 * SPLIT_KEYS and widest <= WIDEST
+
+
 def attention_kvcache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None,
     block_table: Tensor | None,
     cache_leftpad: Tensor | None,
     causal: bool,
@@ -203,13 +227,14 @@ def attention_kvcache(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Tq, D] and the caches -> out, laid out as q is, and lse [B, Hq, Tq] fp32."""
+    """q [B, Hq, Tq, D] and the caches -> out, laid out as q is, and lse [B, Hq, Tq] fp32. Without
+    cache_seqlens the caches are full."""
     batch, heads, queries, dim = q.shape
     kv_heads, page, dim_v = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
-    if max(dim, dim_v) > 512:
+    if max(dim, dim_v) > WIDEST:
         raise NotImplementedError(
-            f"llmops.attention_kvcache: head_dim is {max(dim, dim_v)}, at most 512 is supported on "
-            "backend 'triton'; use backend=\"reference\""
+            f"llmops.attention_kvcache: head_dim is {max(dim, dim_v)}, at most {WIDEST} is "
+            "supported on backend 'triton'; use backend=\"reference\""
         )
     out = heads_like(q, dim_v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -252,7 +277,7 @@ def attention_kvcache(
         attention_kvcache_fwd_kernel, (programs * splits,), q, k, v, cache_seqlens, cache_leftpad,
         block_table, alibi_slopes, sinks, to, to_lse, queries, group, kv_heads, row_blocks, splits,
         capacity, k.shape[0], page, scale, left, right, softcap, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *strides, cache_seqlens.stride(0),
+        *v.stride()[:3], *strides, 0 if cache_seqlens is None else cache_seqlens.stride(0),
         0 if cache_leftpad is None else cache_leftpad.stride(0),
         *((0, 0) if block_table is None else block_table.stride()), *slope_strides,
         FORM=form, PADDED=cache_leftpad is not None, PAGED=block_table is not None,

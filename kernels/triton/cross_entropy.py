@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -54,12 +55,6 @@ def weight_of(weight, t, valid):
 
 
 @triton.jit
-def place(row, size_b, size_c, x_a, x_b, x_c):
-    """Where a row of x begins: see _rows.broadcast."""
-    return row // (size_b * size_c) * x_a + row // size_c % size_b * x_b + row % size_c * x_c
-
-
-@triton.jit
 def cross_entropy_fwd_kernel(
     x, target, weight, losses, lse, rows, n, size_b, size_c, x_a, x_b, x_c, x_n, ignore_index,
     smoothing: tl.float64, uniform: tl.float64, z_loss: tl.float64, SMOOTH: tl.constexpr,
@@ -68,7 +63,7 @@ def cross_entropy_fwd_kernel(
     """ROWWISE: losses of the rows as they are returned; else in fp64 and without z lse^2."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     t, kept, valid = targets(target, row, rows, n, ignore_index)
-    begin = place(row, size_b, size_c, x_a, x_b, x_c)
+    begin = begin_of(row, size_b, size_c, x_a, x_b, x_c)
     own = x + begin[:, None, None]
     top = tl.full([ROWS, LANES], -float("inf"), tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._rows import begin_of
 from llmops.kernels.triton.cross_entropy import (
     MEAN,
     NONE,
     REDUCED,
     TILE,
     fp64,
-    place,
     share_of_each,
     targets,
     weight_of,
@@ -112,7 +112,7 @@ def cross_entropy_bwd_kernel(
     c = c.to(tl.float32)
     rest = rest.to(tl.float32)
     inside = (row < rows) & (column < n)
-    begin = place(row, size_b, size_c, x_a, x_b, x_c)
+    begin = begin_of(row, size_b, size_c, x_a, x_b, x_c)
     z = tl.load(x + begin + column * x_n, mask=inside & valid, other=0.0).to(tl.float32)
     d = z - high
     value = scale * tl.exp(d)

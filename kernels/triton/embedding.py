@@ -12,6 +12,8 @@ a GPU cannot report, reads nothing and gives a row of NaN; the backward drops it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -94,6 +96,17 @@ def _table_bwd(dim: int) -> _config.Config:
     block = min(_rows.power_of_2(dim), TILE // 4)
     rows = min(2 * TILE // (PLACES * block) or 1, 64)
     return {"ROWS": rows, "PLACES": PLACES, "BLOCK": block, "num_warps": 4}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block in sorted({min(key[0], size) for size in (256, 512, 1024, 2048)}):
+        for config in _rows.tiles(block, most=1024):
+            rows = config.pop("ROWS")
+            if op == "embedding":
+                yield {**config, "TOKENS": rows, "BLOCK": block}
+            elif rows <= 8 and block <= 1024:
+                yield {**config, "ROWS": rows, "PLACES": PLACES, "BLOCK": block}
 
 
 def embedding(

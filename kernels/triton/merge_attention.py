@@ -13,18 +13,15 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, taken
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
-
-
-@triton.jit
-def _at(row, size_b, size_c, stride_a, stride_b, stride_c):
-    """Where the rows `row` of a tensor begin: _rows.broadcast has the strides."""
-    at = row // (size_b * size_c) * stride_a + row // size_c % size_b * stride_b
-    return at + row % size_c * stride_c
 
 
 @triton.jit
@@ -55,12 +52,12 @@ def merge_attention_fwd_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     held = row < rows
-    side_a = tl.load(lse_a + _at(row, la_b, la_c, la0, la1, la2), mask=held, other=0.0)
-    side_b = tl.load(lse_b + _at(row, lb_b, lb_c, lb0, lb1, lb2), mask=held, other=0.0)
+    side_a = tl.load(lse_a + begin_of(row, la_b, la_c, la0, la1, la2), mask=held, other=0.0)
+    side_b = tl.load(lse_b + begin_of(row, lb_b, lb_c, lb0, lb1, lb2), mask=held, other=0.0)
     weight_a, weight_b, whole = _weights(side_a, side_b)
     tl.store(lse + row, whole, mask=held)
-    at_a = _at(row, a_b, a_c, a0, a1, a2)
-    at_b = _at(row, b_b, b_c, b0, b1, b2)
+    at_a = begin_of(row, a_b, a_c, a0, a1, a2)
+    at_b = begin_of(row, b_b, b_c, b0, b1, b2)
     for begin in range(0, n, BLOCK):
         column = begin + tl.arange(0, BLOCK)[None, :]
         inside = held & (column < n)
@@ -79,13 +76,13 @@ def merge_attention_bwd_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     held = row < rows
-    side_a = tl.load(lse_a + _at(row, la_b, la_c, la0, la1, la2), mask=held, other=0.0)
-    side_b = tl.load(lse_b + _at(row, lb_b, lb_c, lb0, lb1, lb2), mask=held, other=0.0)
-    side_g = tl.load(grad_lse + _at(row, lg_b, lg_c, lg0, lg1, lg2), mask=held, other=0.0)
+    side_a = tl.load(lse_a + begin_of(row, la_b, la_c, la0, la1, la2), mask=held, other=0.0)
+    side_b = tl.load(lse_b + begin_of(row, lb_b, lb_c, lb0, lb1, lb2), mask=held, other=0.0)
+    side_g = tl.load(grad_lse + begin_of(row, lg_b, lg_c, lg0, lg1, lg2), mask=held, other=0.0)
     weight_a, weight_b, _ = _weights(side_a, side_b)
-    at_g = _at(row, g_b, g_c, g0, g1, g2)
-    at_a = _at(row, a_b, a_c, a0, a1, a2)
-    at_b = _at(row, b_b, b_c, b0, b1, b2)
+    at_g = begin_of(row, g_b, g_c, g0, g1, g2)
+    at_a = begin_of(row, a_b, a_c, a0, a1, a2)
+    at_b = begin_of(row, b_b, b_c, b0, b1, b2)
     # out = w_a out_a + w_b out_b and w_a + w_b = 1, so out_a - out = w_b (out_a - out_b).
     both = weight_a * weight_b
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -112,6 +109,13 @@ def _table(n: int, tile: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection."""
     block = min(_rows.power_of_2(n), 512)
     return {"ROWS": max(1, min(tile // block, 32)), "BLOCK": block, "num_warps": 4}
+
+
+def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
+    """What `llmops tune` tries beside the table."""
+    for block in sorted({min(key[0], size) for size in (128, 256, 512)}):
+        for config in _rows.tiles(block, most=1024):
+            yield {**config, "BLOCK": block}
 
 
 def _placed(x: Tensor, dims: int) -> tuple[Tensor, tuple[int, ...]]:

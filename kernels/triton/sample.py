@@ -225,6 +225,11 @@ def sample(
     """logits [B, V], uniform fp64 [B], not read for temperature 0; the ids [B], int64."""
     source = _rows.as_rows(logits)
     rows, n = source.shape
+    if n >= 2**31:
+        raise NotImplementedError(
+            f"llmops.sample: logits have {n} classes, fewer than 2**31 are supported on backend "
+            "'triton'; use backend=\"reference\""
+        )
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     config = _config.choose("sample", (_rows.power_of_2(n), logits.dtype), _table(n))
     grid = (triton.cdiv(rows, config["ROWS"]),)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
@@ -35,8 +36,8 @@ def _logits(
     if CAUSAL:
         keep = keep & (column <= row % queries + (n - queries))
     if MASK != 0:
-        m = mask + row // (size_b * size_c) * mask_a + row // size_c % size_b * mask_b
-        m += row % size_c * mask_c + column.to(tl.int64) * mask_n
+        m = mask + begin_of(row, size_b, size_c, mask_a, mask_b, mask_c)
+        m += column.to(tl.int64) * mask_n
         if MASK == 1:
             keep = keep & (tl.load(m, mask=keep, other=0) != 0)
     z = tl.load(x + row * x_row + column, mask=keep, other=0.0).to(tl.float32) * scale

@@ -3,7 +3,8 @@
 The matrix products are torch's own; the loss and its gradient are the backend's kernels, the
 gradient in place over the logits it came from. Two ways to take the logits:
 
-- `sums`: some rows, all their classes. For devices that are slow to start and fast to finish.
+- `sums`: some rows, all their classes. For devices that are slow to start and fast to finish, which
+  are not waited for either: `sums_of_all`.
 - `sums_by_class`: some rows, and of these some classes after the other, as dense matrices of their
   own, merged by their log-sum-exps. For CPUs: a product with 2048 classes keeps its operands and
   its result in the last-level cache, and one into rows of 50257 classes runs at two thirds of its
@@ -68,6 +69,16 @@ def _equal(rows: int, most: int) -> int:
 
 def sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
     return _of_counted(call, lambda some: _sums(losses_of, gradient_of_, some))
+
+
+def sums_of_all(
+    losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call
+) -> Sums:
+    """The logits of ignored rows too: to count the others a GPU would have to be waited for, which
+    a CUDA graph cannot hold. As of zeros: what such a row holds, NaN too, must reach no sum."""
+    kept = (call.target != call.ignore_index)[:, None]
+    whole = call._replace(input=torch.where(kept, call.input, 0.0))
+    return _sums(losses_of, gradient_of_, whole)
 
 
 def sums_by_class(

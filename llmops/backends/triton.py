@@ -124,13 +124,15 @@ def describe(call: Call) -> str:
 
 def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
     loss, gradient = __getattr__("cross_entropy"), __getattr__("cross_entropy_bwd_")
-    return _linear_cross_entropy.sums(loss, gradient, _linear_cross_entropy.Call(*args))
+    return _linear_cross_entropy.sums_of_all(loss, gradient, _linear_cross_entropy.Call(*args))
 
 
 def __getattr__(name: str) -> Any:
-    """The launcher of an operator, its file imported on first use."""
+    """The launcher of an operator, on its tensors' device; its file imported on first use."""
     if name not in _FILES:
         raise AttributeError(f"llmops.backends.triton has no {name!r}")
-    launcher = getattr(importlib.import_module(f"llmops.kernels.triton.{_FILES[name]}"), name)
-    globals()[name] = launcher
+    from llmops.kernels.triton._launch import on_its_device
+
+    module = importlib.import_module(f"llmops.kernels.triton.{_FILES[name]}")
+    globals()[name] = launcher = on_its_device(getattr(module, name))
     return launcher

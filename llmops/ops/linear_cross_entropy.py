@@ -57,8 +57,9 @@ def linear_cross_entropy(
             probabilities [N, V] or [V], on the reference.
         linear_bias: [V], input's dtype (linear_weight's shape without D).
         weight: [V], floating point: of each class. No gradient.
-        ignore_index: rows of this target have no loss and no gradient; their logits are not even
-            computed. None is -100.
+        ignore_index: rows of this target have no loss and no gradient. On a CPU their logits are
+            not even computed; on a GPU, which would have to be waited for to count them, they are:
+            where most rows are ignored, pass input[kept] and target[kept]. None is -100.
         label_smoothing: in [0, 1], as in `llmops.cross_entropy`.
         reduction: "none", "sum" or "mean", as in `llmops.cross_entropy`.
         dtype: of the loss; input's when None (fp32 under autocast).
@@ -68,7 +69,8 @@ def linear_cross_entropy(
         Tensor of target's shape ("none"), else a scalar.
 
     Raises:
-        IndexError: a target outside [0, V) that is not ignore_index, naming it.
+        IndexError: a target outside [0, V) that is not ignore_index, naming it. A GPU, which is not
+            waited for, gives a loss of NaN instead.
         TypeError, ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a named backend cannot serve the call, or weight requires a gradient.
 
@@ -202,16 +204,18 @@ def _sums(
 
 
 def _divisor(
-    target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
-) -> tuple[Tensor, bool]:
-    """What the reduction divides by, fp64, and whether any row counts."""
+    target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the reduction divides by, fp64, and whether any row counts; nothing is waited for."""
     kept = target != ignore_index
-    some = bool(kept.any())
+    some = kept.any()
     if reduction != "mean":
         return torch.ones((), dtype=torch.float64, device=target.device), some
     if weight is None:
         return kept.sum(dtype=torch.float64), some
-    return _ordered_sum(weight.double()[target[kept].long()]), some
+    kept = kept & (target >= 0) & (target < len(weight))
+    wide = torch.cat((weight.double(), weight.new_zeros(1, dtype=torch.float64)))
+    return _ordered_sum(wide[torch.where(kept, target, len(weight))], backend), some
 
 
 def _divides_ahead(input: Tensor, reduction: str) -> bool:
@@ -219,8 +223,11 @@ def _divides_ahead(input: Tensor, reduction: str) -> bool:
     return reduction == "mean" and input.dtype == torch.float32
 
 
-def _ordered_sum(values: Tensor) -> Tensor:
-    """In fp64 and in order: the same bits for any number of threads; sum() does not promise it."""
+def _ordered_sum(values: Tensor, backend: str) -> Tensor:
+    """In fp64; on a CPU in order: the same bits for any number of threads, which sum() does not
+    promise there. On a GPU it is cumsum that does not."""
+    if backend != "cpu":
+        return values.sum(dtype=torch.float64)
     return torch.cat((values.new_zeros(1), values)).double().cumsum(0)[-1]
 
 
@@ -243,11 +250,12 @@ def _forward(
             dtype=dtype,
         )  # fmt: skip
         return loss, _empty(input), _empty(input), _empty(input)
-    _check_range(target, linear_weight, ignore_index)
+    if backend == "cpu":
+        _check_range(target, linear_weight, ignore_index)
     wanted, row_grad = (want_input, want_weight, want_bias), None
-    divisor, some = _divisor(target, weight, ignore_index, reduction)
+    divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
     if any(wanted) and _divides_ahead(input, reduction):
-        row_grad = (1 / divisor if some else divisor).float().expand(target.shape)
+        row_grad = torch.where(some, 1 / divisor, divisor).float().expand(target.shape)
     found = _sums(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, row_grad,
         wanted, backend,
@@ -255,7 +263,7 @@ def _forward(
     if reduction == "none":
         loss = found.losses.to(dtype, copy=True)
     else:
-        loss = (_ordered_sum(found.losses) / divisor).to(dtype)
+        loss = (_ordered_sum(found.losses, backend) / divisor).to(dtype)
     dinput, dweight, dbias = (_empty(input) if g is None else g for g in found[1:])
     return loss, dinput, dweight, dbias
 
@@ -312,7 +320,7 @@ def _held(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | No
     input, linear_weight, _, linear_bias, _, *made = ctx.saved_tensors
     if input.dtype != torch.float32 or torch.is_grad_enabled() or not is_plain(grad):
         return None
-    if ctx.how[2] not in ("mean", "sum") or grad.device.type != "cpu" or float(grad) != 1.0:
+    if ctx.how[2] not in ("mean", "sum") or ctx.backend != "cpu" or float(grad) != 1.0:
         return None
     pairs = list(zip(made, (input, linear_weight, linear_bias), wanted, strict=True))
     if any(want and (x is None or g.shape != x.shape) for g, x, want in pairs):
@@ -339,9 +347,9 @@ def _forward_bwd(
     made = all(x is None or g.shape == x.shape for g, x, want in pairs if want)
     factor = grad.float()
     if not (made and _divides_ahead(input, reduction)):
-        divisor, some = _divisor(target, weight, ignore_index, reduction)
+        divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
         # Where no row counts, the mean divides 0 by 0; the gradient is zero all the same.
-        factor = (grad.double() / divisor if some else torch.zeros_like(grad)).float()
+        factor = torch.where(some, grad.double() / divisor, 0.0).float()
     if made:
         # torch.mul rounds once, to the gradient's dtype.
         return tuple(

@@ -35,6 +35,8 @@ def calls(make: Any, call: Any) -> None:
     both("d=64 causal", 64)
     q, k = make(2, 32, 4096, 128), make(2, 8, 4096, 128)
     call("d=128", "attention", q, k, k, None, False, 0.125)
+    # One query a head: the kernels of a cache that is full.
+    call("d=128 decode", "attention", make(2, 32, 1, 128), k, k, None, True, 0.125)
     both("d=256 causal", 256)
     both("d=128 mask", 128, make(2, 1, 4096, 4096), False)
     both("d=128 window", 128, **window)
