@@ -43,9 +43,9 @@ def test_cuda_norms_of_long_rows(sim: Any, n: int, dtype: torch.dtype) -> None:
         assert_close(g, o, p, factor=2.0, what=what)
 
 
-# Backward: held by 512 threads with sums in shared memory, which have room for 12288 elements where
-# there is a bias; swept.
-@pytest.mark.parametrize("n", [4104, 8192, 12288, 12296, 16384, 16392, 4097])
+# Backward: held by 256 and by 512 threads, with sums in shared memory that have room for 12288
+# elements where there is a bias; swept.
+@pytest.mark.parametrize("n", [4104, 8192, 8200, 12288, 12296, 16384, 16392, 4097])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_cuda_norms_backward_of_long_rows(sim: Any, n: int, dtype: torch.dtype) -> None:
     torch.manual_seed(n)

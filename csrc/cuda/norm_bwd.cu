@@ -96,12 +96,14 @@ __device__ __forceinline__ void keep_8(float* to, const float* v) {
     reinterpret_cast<float4*>(to)[i] = float4{v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
 }
 
-// Wide rows that 512 threads hold: of 128 registers a thread needs 64 for its elements of h and dy.
-constexpr int kWideThreads = 512;
-using WideTile = Tile<kWideThreads, 4>;
+// Wide rows that 512 threads hold, or 256, of which a processor has two blocks: of 128 registers a
+// thread needs 64 for its elements of h and dy.
+template <int kThreads>
+using WideTile = Tile<kThreads, 4>;
 
-__global__ void __launch_bounds__(kWideThreads, 1) norm_bwd_wide_kernel(NormBackward p) {
-  using T = WideTile;
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 512 / kThreads) norm_bwd_wide_kernel(NormBackward p) {
+  using T = WideTile<kThreads>;
   LLMOPS_DYNAMIC_SHARED(float, weight_sums);  // [n], and [n] for the bias
   float* const bias_sums = weight_sums + p.n;
   const int thread = threadIdx.x;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) norm_bwd_wide_kernel(NormBack
     float z[T::kHeld] = {}, g[T::kHeld] = {}, sums[2] = {0.0f, 0.0f};
     combined<T>(p.h, place_of(p.h, row), p.n, thread, z, other);
     combined<T>(p.dy, place_of(p.dy, row), p.n, thread, g, other);
-    const float rstd = deviations<kWideThreads>(z, p.n, true, p.centered, p.eps, opaque(thread));
+    const float rstd = deviations<kThreads>(z, p.n, true, p.centered, p.eps, opaque(thread));
     for_chunks([&](int c, int first) {
       float own[8];
       if (p.weight_sums) {
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) norm_bwd_wide_kernel(NormBack
       sums[0] = fmaf(g[i], z[i], sums[0]);
       sums[1] += g[i];
     }
-    row_sums<kWideThreads>(sums);
+    row_sums<kThreads>(sums);
     const float gz = sums[0] / count, mean = p.centered ? sums[1] / count : 0.0f;
 #pragma unroll
     for (int i = 0; i < T::kHeld; ++i) g[i] = (g[i] - z[i] * gz - mean) * rstd;
@@ -276,8 +278,11 @@ constexpr int64_t kLongestHeld = Tile<256>::kElements;
 int64_t sums_bytes(const NormBackward& p) { return 4 * p.n * (p.dbias.data ? 2 : 1); }
 constexpr int64_t kMostBytes = 96 << 10;
 
-bool is_wide(const NormBackward& p) {
-  return p.wide && p.n > kLongestHeld && p.n <= WideTile::kElements && sums_bytes(p) <= kMostBytes;
+// The threads of a block of norm_bwd_wide_kernel; 0 where that is not for such rows.
+int wide_threads(const NormBackward& p) {
+  if (!p.wide || p.n <= kLongestHeld || sums_bytes(p) > kMostBytes) return 0;
+  if (p.n <= WideTile<256>::kElements) return 256;
+  return p.n <= WideTile<512>::kElements ? 512 : 0;
 }
 
 // Blocks that fill the device once: 512 threads to a processor, for they take half its registers or
@@ -291,7 +296,7 @@ int64_t backward_blocks(int64_t rows, int threads, int rows_of_block) {
 }  // namespace
 
 int64_t norm_bwd_programs(const NormBackward& p) {
-  if (is_wide(p)) return backward_blocks(p.rows, kWideThreads, 1);
+  if (const int threads = wide_threads(p)) return backward_blocks(p.rows, threads, 1);
   if (p.n > kLongestHeld) return backward_blocks(p.rows, kLongThreads, 1);
   int64_t programs = 0;
   with_norm_threads<256>(p.n, [&](auto threads) {
@@ -305,10 +310,11 @@ int norm_bwd(const NormBackward& p, void* stream) {
   if (p.rows == 0 || p.n == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t programs = norm_bwd_programs(p);
-  if (is_wide(p)) {
+  if (const int threads = wide_threads(p)) {
+    const auto kernel = threads == 256 ? norm_bwd_wide_kernel<256> : norm_bwd_wide_kernel<512>;
     const auto bytes = static_cast<int>(sums_bytes(p));
-    if (const int error = allow_shared(norm_bwd_wide_kernel, bytes)) return error;
-    LLMOPS_LAUNCH(norm_bwd_wide_kernel, grid_of(programs), kWideThreads, bytes, s, p);
+    if (const int error = allow_shared(kernel, bytes)) return error;
+    LLMOPS_LAUNCH(kernel, grid_of(programs), threads, bytes, s, p);
   } else if (p.n > kLongestHeld) {
     LLMOPS_LAUNCH(norm_bwd_long_kernel, grid_of(programs), kLongThreads, 0, s, p);
   } else {

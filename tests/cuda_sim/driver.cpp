@@ -65,7 +65,7 @@ void norm() {
   }
 }
 void norm_bwd() {
-  for (int64_t n : {40, 601, 3000, 9000, 9001}) {
+  for (int64_t n : {40, 601, 3000, 5000, 9000, 9001}) {
     const cuda_sim::Session session;
     Call call(named("norm_bwd", n));
     NormBackward p{};
