@@ -128,13 +128,14 @@ def cuda_wanted(torch: Path) -> Path | None:
 
 
 def gencode(archs: str) -> str:
-    """nvcc flags: machine code for each architecture, and PTX of the last for what comes later."""
+    """nvcc flags: machine code for each architecture, PTX of the last for what comes later, and of
+    the first for what lies between: sm_103 can take neither sm_100a's code nor sm_120's PTX."""
     names = [a for a in re.split(r"[;, ]+", archs) if a]
     for name in names:
         if not re.fullmatch(r"\d+[af]?", name):
             raise SystemExit(f"llmops: LLMOPS_CUDA_ARCHS: {name!r} is no architecture such as 90a")
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in names]
-    flags.append(f"-gencode arch=compute_{names[-1]},code=compute_{names[-1]}")
+    flags += [f"-gencode arch=compute_{a},code=compute_{a}" for a in sorted({names[0], names[-1]})]
     return " ".join(flags)
 
 

@@ -128,3 +128,12 @@ def test_cuda_attention_bwd_of_rows_that_a_mask_leaves_nothing(sim: Any) -> None
     got = gradients(q, grad_out)
     assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
     assert not bool(got[0][:, :, 11].any()) and not bool(got[3][40:45].any())
+
+
+def test_cuda_attention_bwd_without_query_heads(sim: Any) -> None:
+    """Keys of a group that no head belongs to: nothing is read, and their gradients are zeros."""
+    q, k, v, grad_out, grad_lse = _tensors((2, 0, 2, 5, 70, 64, 48), torch.bfloat16)
+    out, lse = torch.empty(2, 0, 5, 48).bfloat16(), torch.empty(2, 0, 5)
+    dq, dk, dv = _backward((q, k, v, grad_out, grad_lse), (out, lse), True)
+    assert dq.shape == q.shape
+    assert torch.equal(dk, torch.zeros_like(k)) and torch.equal(dv, torch.zeros_like(v))

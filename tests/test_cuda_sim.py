@@ -33,6 +33,9 @@ def test_cuda_sim_reductions_and_collectives(sim: Any) -> None:
         want = swapped.view(4, 32).flip(1).flatten()
         assert torch.equal(run(sim, "uneven masks", order=order, seed=seed), want.float())
         assert run(sim, "copy", order=order, seed=seed)[0] == 127
+        down, up = torch.where(lane < 29, lane + 3, lane), torch.where(lane < 5, lane, lane - 5)
+        want = down + 100 * up + 10000 * (torch.arange(128) | 31)
+        assert torch.equal(run(sim, "collectives", order=order, seed=seed), want.float())
     y = call(sim, "atomic", torch.zeros(1), torch.zeros(1))
     assert y.item() == 25600
 
@@ -99,10 +102,21 @@ FAULTS = {
     "barrier and collective": r"divergent: lanes of its mask never come to __shfl_sync",
     "partial mask": r"(divergent: lanes of its mask never|bad mask: lane \d+ of mask ffffffff has)",
     "foreign lane": r"bad mask: __shfl_sync reads lane 20, not in mask 0000ffff",
+    "lane not in its mask": r"bad mask: __shfl_sync with mask 0000ffff by lane (1[6-9]|[23]\d)",
     "misaligned": r"misaligned: 16 bytes at an address that is \d+ past",
+    "misaligned matrix": r"misaligned: the row of lane (1[6-9]|[23]\d); at ldmatrix",
     "shared out of range": r"out of range: byte 508 of shared memory of 508 bytes",
     "copy not waited for": r"exits with cp.async copies it did not wait for",
+    "copy to a misaligned place": r"misaligned: cp.async of 16 bytes",
+    "copy from a misaligned place": r"misaligned: 16 bytes at an address that is 4 past.*cp.async",
+    "copy from out of range": r"out of range: 16 bytes at byte 512 of a tensor of 512; at cp.async",
+    "copy to out of range": r"out of range: byte 512 of shared memory of 512 bytes",
+    "too much static shared": r"52000 bytes of static and 0 of dynamic shared memory",
+    "no dynamic shared": r"launched without dynamic shared memory",
+    "too much dynamic shared": r"49153 bytes of dynamic.*cudaFuncSetAttribute did not allow",
     "too many threads": r"2048 threads in a block",
+    "too many blocks": r"a grid of no or too many blocks",
+    "no blocks": r"a grid of no or too many blocks",
 }
 
 

@@ -119,6 +119,20 @@ def test_layering_kernels_see_no_torch(folder: str) -> None:
                 assert f"#include {header}" not in text, f"{file}: {header} brings weak symbols"
 
 
+def test_layering_ptx_only_in_its_wrappers() -> None:
+    """The simulator has a twin of each wrapper, and of nothing else."""
+    wrapper = re.compile(r"^(?:__device__ __forceinline__|inline) \w+ (\w+)\(", re.MULTILINE)
+    for file in (ROOT / "csrc").rglob("*"):
+        if file.is_file() and file.name != "ptx.h":
+            assert not re.search(r"\basm\b", file.read_text()), f"{file}: PTX belongs into ptx.h"
+    wrappers = set(wrapper.findall((ROOT / "csrc" / "cuda" / "ptx.h").read_text()))
+    twins = set(wrapper.findall((ROOT / "tests" / "cuda_sim" / "ptx_twins.h").read_text()))
+    wrappers.remove("shared_address")  # the others' own
+    assert wrappers == twins - {"widened", "mma", "ldmatrix"}
+    used = "".join(f.read_text() for f in (ROOT / "csrc" / "cuda").iterdir() if f.name != "ptx.h")
+    assert not [name for name in wrappers if f"{name}(" not in used and f"{name}<" not in used]
+
+
 def test_layering_one_op_one_file_per_layer() -> None:
     """`find . -name '*softmax*'` leads to all of softmax."""
     import llmops

@@ -4,6 +4,7 @@
 
 #include "attention_checks.h"
 #include "attention_plan.h"
+#include "schemas.h"
 #include "scratch.h"
 
 namespace llmops {
@@ -254,20 +255,7 @@ AttentionGradients attention_bwd_cpu(const Tensor& grad_out, const std::optional
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-      "int window_left=-1, int window_right=-1, Tensor? alibi_slopes=None, float softcap=0.0, "
-      "Tensor? sinks=None, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)");
-  // dmask is float32, whatever the mask is; dsinks too.
-  m.def(
-      "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? "
-      "mask, "
-      "Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad, "
-      "int window_left=-1, int window_right=-1, Tensor? alibi_slopes=None, float softcap=0.0, "
-      "Tensor? sinks=None, float dropout_p=0.0, Tensor? seed=None) -> "
-      "(Tensor, Tensor, Tensor, Tensor?, Tensor?)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kAttentionSchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cpu));
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd_cpu));

@@ -13,6 +13,7 @@
 
 #include "elementwise.h"
 #include "ids.h"
+#include "schemas.h"
 
 namespace llmops {
 namespace {
@@ -284,20 +285,7 @@ void cross_entropy_bwd_inplace_cpu(const Tensor& grad, Tensor x, const Tensor& t
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def(
-      "cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight=None, int ignore_index=-100, "
-      "float label_smoothing=0.0, float z_loss=0.0, int reduction=1, ScalarType? dtype=None) -> "
-      "(Tensor, Tensor)");
-  m.def(
-      "cross_entropy_bwd(Tensor grad, Tensor? grad_lse, Tensor x, Tensor target, Tensor? weight, "
-      "Tensor lse, int ignore_index, float label_smoothing, float z_loss, int reduction) -> "
-      "Tensor");
-  m.def(
-      "cross_entropy_bwd_(Tensor grad, Tensor(a!) x, Tensor target, Tensor? weight, Tensor lse, "
-      "int ignore_index, float label_smoothing, float z_loss, int reduction, "
-      "Tensor? grad_lse=None) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kCrossEntropySchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd_cpu));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd_cpu));

@@ -3,6 +3,7 @@
 #include "cpu/gelu.h"
 
 #include "elementwise.h"
+#include "schemas.h"
 
 namespace llmops {
 namespace {
@@ -56,10 +57,7 @@ Tensor gelu_bwd_cpu(const Tensor& grad_in, const Tensor& x_in, bool tanh) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("gelu(Tensor x, bool tanh) -> Tensor");
-  m.def("gelu_bwd(Tensor grad, Tensor x, bool tanh) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kGeluSchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("gelu", TORCH_BOX(&gelu_cpu));
   m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd_cpu));

@@ -3,6 +3,7 @@
 #include "cpu/layer_norm.h"
 
 #include "norm.h"
+#include "schemas.h"
 
 namespace llmops {
 namespace {
@@ -38,21 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def(
-      "layer_norm_fwd(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, int "
-      "dims=1) "
-      "-> Tensor");
-  m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
-      "int dims=1) -> (Tensor, Tensor)");
-  // h: what was normalized (x, or the sum); dh: the gradient of the output h. Gives dh in total,
-  // the same in dy's dtype where that differs, dweight, dbias; of no elements where not needed.
-  m.def(
-      "layer_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, Tensor? bias, float eps, "
-      "int dims=1, bool need_h=True, bool need_x=False, bool need_params=True) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kLayerNormSchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd_cpu));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd_cpu));

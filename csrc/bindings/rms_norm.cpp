@@ -3,6 +3,7 @@
 #include "cpu/rms_norm.h"
 
 #include "norm.h"
+#include "schemas.h"
 
 namespace llmops {
 namespace {
@@ -36,20 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def(
-      "rms_norm_fwd(Tensor x, Tensor? weight, float eps, int dims=1, float weight_offset=0.0) "
-      "-> Tensor");
-  m.def(
-      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps, int dims=1, "
-      "float weight_offset=0.0) -> (Tensor, Tensor)");
-  // h: what was normalized (x, or the sum); dh: the gradient of the output h. Gives dh in total,
-  // the same in dy's dtype where that differs, dweight; of no elements where not needed.
-  m.def(
-      "rms_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, float eps, int dims=1, "
-      "float weight_offset=0.0, bool need_h=True, bool need_x=False, bool need_weight=True) "
-      "-> (Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kRmsNormSchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd_cpu));
   m.impl("add_rms_norm_fwd", TORCH_BOX(&add_rms_norm_fwd_cpu));

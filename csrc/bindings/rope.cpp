@@ -5,6 +5,7 @@
 
 #include "ids.h"
 #include "rope.h"
+#include "schemas.h"
 
 namespace llmops {
 namespace {
@@ -192,17 +193,7 @@ void rope_qk_in_place_cpu(Tensor q, Tensor k, const Tensor& cos, const Tensor& s
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def(
-      "rope(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, bool interleaved=False, "
-      "bool inverse=False, bool token_major=False) -> Tensor");
-  m.def(
-      "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, "
-      "bool interleaved=False, bool inverse=False, bool token_major=False) -> (Tensor, Tensor)");
-  m.def(
-      "rope_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? position_ids=None, "
-      "bool interleaved=False, bool inverse=False) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kRopeSchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("rope", TORCH_BOX(&rope_cpu));
   m.impl("rope_qk", TORCH_BOX(&rope_qk_cpu));

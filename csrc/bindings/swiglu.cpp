@@ -4,6 +4,7 @@
 #include "cpu/swiglu.h"
 
 #include "elementwise.h"
+#include "schemas.h"
 
 namespace llmops {
 namespace {
@@ -122,12 +123,7 @@ Tensor glu_bwd_fused_cpu(const Tensor& grad, const Tensor& x, int64_t code) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
-  m.def("geglu(Tensor gate, Tensor? up, bool tanh) -> Tensor");
-  m.def("glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)");
-  m.def("glu_bwd_fused(Tensor grad, Tensor x, int activation) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kSwigluSchemas); }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));
   m.impl("geglu", TORCH_BOX(&geglu_cpu));

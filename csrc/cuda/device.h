@@ -95,8 +95,10 @@ inline int processors() {
 template <class Kernel>
 int allow_shared(Kernel kernel, int bytes) {
   if (bytes <= 48 << 10) return 0;
-  return static_cast<int>(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be taken to have failed
+  return static_cast<int>(error);
 }
 
 inline unsigned grid_of(int64_t blocks) {

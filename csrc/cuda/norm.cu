@@ -60,25 +60,6 @@ __global__ void __launch_bounds__(kBlock<kThreads>, 1) norm_fwd_kernel(NormForwa
   }
 }
 
-// f(v, element) of the row's elements in place of v, a chunk after the other.
-template <class Tile, class F>
-__device__ __forceinline__ void combined(const Rows& r, int64_t at, int64_t n, int thread,
-                                         float (&v)[Tile::kHeld], const F& f) {
-#pragma unroll
-  for (int c = 0; c < Tile::kChunks; ++c) {
-    const int first = Tile::column(true, opaque(thread), 8 * c);
-    if (first >= n) continue;
-    float other[8];
-    if (r.type == kF32) {
-      load_8(static_cast<const float*>(r.data) + at + first, other);
-    } else {
-      load_8(static_cast<const uint16_t*>(r.data) + at + first, r.type == kBf16, other);
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[8 * c + j] = f(v[8 * c + j], other[j]);
-  }
-}
-
 // Wide rows of up to 16384 elements. A thread of 1024 has 64 registers, too few to have two
 // operands of all its elements at once, or the columns of elements that are no neighbours.
 constexpr int kWideThreads = 1024;

@@ -27,8 +27,8 @@ struct NormBackward {
   float eps, offset;
   bool centered, wide;
 };
-// How many sums of the parameters' gradients are taken side by side.
-int64_t norm_bwd_programs(int64_t rows, int64_t n);
+// How many sums of the parameters' gradients are taken side by side; all but the sums is there.
+int64_t norm_bwd_programs(const NormBackward& p);
 int norm_bwd(const NormBackward& p, void* stream);
 
 }  // namespace llmops::cuda

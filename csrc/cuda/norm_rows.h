@@ -1,5 +1,5 @@
 // What the kernels of the norms' forward and backward share: a held row's deviations and their
-// scale.
+// scale, and how long rows take their operands.
 //
 // The mean of a row with mean 25,000 is off by more than a small deviation: all sums are of h less
 // a first mean, and the second, small one corrects it.
@@ -14,11 +14,31 @@ __device__ __forceinline__ float rstd_of(float square, float eps) {
   return 1.0f / sqrtf(square + eps);
 }
 
+// f(v, element) of a wide row's elements in place of v, a chunk after the other: where a thread has
+// not the registers for two operands of all its elements at once.
+template <class Tile, class F>
+__device__ __forceinline__ void combined(const Rows& r, int64_t at, int64_t n, int thread,
+                                         float (&v)[Tile::kHeld], const F& f) {
+#pragma unroll
+  for (int c = 0; c < Tile::kChunks; ++c) {
+    const int first = Tile::column(true, opaque(thread), 8 * c);
+    if (first >= n) continue;
+    float other[8];
+    if (r.type == kF32) {
+      load_8(static_cast<const float*>(r.data) + at + first, other);
+    } else {
+      load_8(static_cast<const uint16_t*>(r.data) + at + first, r.type == kBf16, other);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[8 * c + j] = f(v[8 * c + j], other[j]);
+  }
+}
+
 // d in place of h, 0 from n on; gives rstd.
-template <int kThreads>
-__device__ __forceinline__ float deviations(float (&d)[Tile<kThreads>::kHeld], int64_t n, bool wide,
-                                            bool centered, float eps, int thread) {
-  using T = Tile<kThreads>;
+template <int kThreads, int kHeld>
+__device__ __forceinline__ float deviations(float (&d)[kHeld], int64_t n, bool wide, bool centered,
+                                            float eps, int thread) {
+  using T = Tile<kThreads, kHeld / 8>;
   const float count = static_cast<float>(n);
   float sums[2] = {0.0f, 0.0f};
   if (centered) {

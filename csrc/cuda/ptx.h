@@ -62,12 +62,6 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&to)[4], const 
                : "r"(shared_address(row))
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&to)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
 
 // d [16, 8] += a [16, 16] b [16, 8] on the tensor cores, fp32 sums. The last argument tells the
 // type.

@@ -142,9 +142,9 @@ __device__ __forceinline__ float rounded(float x, int type) {
 }
 
 // Part of a row that kThreads threads hold, 16 elements each: 64 bytes or 32 on their way.
-template <int kThreads>
+template <int kThreads, int kChunkCount = 2>
 struct Tile {
-  static constexpr int kChunks = 2;
+  static constexpr int kChunks = kChunkCount;
   static constexpr int kHeld = 8 * kChunks;
   static constexpr int kElements = kThreads * kHeld;
 

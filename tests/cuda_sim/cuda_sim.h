@@ -27,7 +27,10 @@
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// The last error, and forgets it.
+inline cudaError_t cudaGetLastError() {
+  return static_cast<cudaError_t>(cuda_sim::exchange_error(cudaSuccess));
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 // Few, so that persistent kernels loop.
@@ -37,8 +40,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class Kernel>
-inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+inline cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  return static_cast<cudaError_t>(
+      cuda_sim::allow_dynamic(reinterpret_cast<const void*>(kernel), bytes));
 }
 
 struct alignas(8) uint2 {
@@ -194,9 +198,10 @@ inline T atomicMax(T* to, T value) {
       cuda_sim::shared(&name##_site, sizeof(T) * (count), #name " of " LLMOPS_WHERE))
 #define LLMOPS_DYNAMIC_SHARED(T, name) \
   T* const name = static_cast<T*>(cuda_sim::dynamic_shared(LLMOPS_WHERE))
-#define LLMOPS_LAUNCH(kernel, grid, block, bytes, stream, ...)                \
-  do {                                                                        \
-    (void)(stream);                                                           \
-    const auto run = kernel;                                                  \
-    cuda_sim::launch(#kernel, grid, block, bytes, [&] { run(__VA_ARGS__); }); \
+#define LLMOPS_LAUNCH(kernel, grid, block, bytes, stream, ...)                        \
+  do {                                                                                \
+    (void)(stream);                                                                   \
+    const auto run = kernel;                                                          \
+    cuda_sim::launch(#kernel, reinterpret_cast<const void*>(run), grid, block, bytes, \
+                     [&] { run(__VA_ARGS__); });                                      \
   } while (0)

@@ -65,7 +65,7 @@ void norm() {
   }
 }
 void norm_bwd() {
-  for (int64_t n : {40, 601, 3000, 9000}) {
+  for (int64_t n : {40, 601, 3000, 5000, 9000, 9001}) {
     const cuda_sim::Session session;
     Call call(named("norm_bwd", n));
     NormBackward p{};
@@ -75,9 +75,9 @@ void norm_bwd() {
     p.dh = call.rows(19, n, kF32, true), p.dx = n % 2 ? call.rows(19, n, kBf16, true) : kNo;
     p.weight = call.rows(1, n, kF32);
     p.dweight = call.rows(1, n, kF32, true), p.dbias = call.rows(1, n, kBf16, true);
-    const int64_t sums = norm_bwd_programs(19, n) * n;
-    p.weight_sums = call.floats(sums), p.bias_sums = call.floats(sums);
     p.wide = p.dy.wide(n) && p.h.wide(n);
+    const int64_t sums = norm_bwd_programs(p) * n;
+    p.weight_sums = call.floats(sums), p.bias_sums = call.floats(sums);
     llmops::cuda::norm_bwd(p, nullptr);
   }
 }
@@ -264,12 +264,14 @@ const Named kFiles[] = {{"softmax", softmax},
 int main(int count, char** arguments) {
   const auto seed = static_cast<uint32_t>(count > 1 ? std::stoul(arguments[1]) : 1);
   cuda_sim::schedule() = {2, seed};
+  bool known = false;
   try {
     for (const Named& one : kFiles)
-      if (count < 3 || std::string(arguments[2]) == one.file) one.run();
+      if (count < 3 || std::string(arguments[2]) == one.file) known = true, one.run();
   } catch (const cuda_sim::Fault& fault) {
     printf("fault: %s\n", fault.what());
     return 1;
   }
-  return 0;
+  if (!known) printf("no calls of %s here\n", arguments[2]);
+  return known ? 0 : 2;
 }

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <unordered_map>
 
 #include "scheduler.h"
 
@@ -38,7 +39,9 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 
 namespace cuda_sim {
 
-constexpr size_t kStaticShared = 48 << 10, kDynamicShared = 227 << 10;
+constexpr size_t kStaticShared = 48 << 10;
+// What a block of the least GPU from sm_80 on may have, where it was asked for.
+constexpr size_t kDynamicShared = 99 << 10;
 
 // A piece of the block's shared memory.
 struct Piece {
@@ -62,7 +65,11 @@ struct Machine {
   std::vector<Round*> free_rounds;
   std::vector<Piece> pieces;
   std::unique_ptr<unsigned char[]> memory;  // of all pieces
-  size_t used = 0, static_bytes = 0, dynamic_bytes = 0;
+  size_t used = 0, static_bytes = 0, dynamic_bytes = 0, shared_limit = 0;
+  std::unordered_map<const void*, size_t> allowed;  // dynamic shared memory, by kernel
+  int error = 0;                                    // cudaGetLastError
+  int until_refused = -1;                           // see refuse
+  bool refused = false;
   std::vector<Extent> extents;
   Extent recent{};
   const std::function<void()>* run = nullptr;
@@ -99,6 +106,8 @@ void to_scheduler(bool for_good = false);
 
 // The fault of this launch, if it is the first.
 void note(const Thread* t, const char* where, const std::string& what);
+// Whether this request is the one that refuse() meant; then its error is set.
+bool is_refused();
 // The running thread, until somebody makes it ready.
 void wait(State state);
 void make_ready(Thread& t);

@@ -55,8 +55,9 @@ void* shared(const void* site, size_t bytes, const char* where) {
   for (const Piece& p : m.pieces)
     if (p.site == site) return p.data;
   m.static_bytes += bytes;
-  if (m.static_bytes > kStaticShared)
-    fail(where, "%zu bytes of static shared memory", m.static_bytes);
+  if (m.static_bytes > kStaticShared || m.static_bytes + m.dynamic_bytes > m.shared_limit)
+    fail(where, "%zu bytes of static and %zu of dynamic shared memory", m.static_bytes,
+         m.dynamic_bytes);
   return add_piece(site, bytes, where);
 }
 
@@ -126,6 +127,14 @@ void copy_wait(int groups_left) {
   for (const Copy& c : landing) land(c);
   Hidden hidden;
   std::vector<Copy>().swap(landing);
+}
+
+int allow_dynamic(const void* entry, int bytes) {
+  Machine& m = machine();
+  if (is_refused()) return m.error;
+  if (bytes < 0 || static_cast<size_t>(bytes) > kDynamicShared) return m.error = 1;
+  m.allowed[entry] = bytes;
+  return 0;
 }
 
 void allow(const void* data, size_t bytes) {

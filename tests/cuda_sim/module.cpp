@@ -35,6 +35,10 @@ PYBIND11_MODULE(llmops_cuda_sim, m) {
                                 reinterpret_cast<float*>(y), n))
       throw py::key_error(name);
   });
+  m.def("refuse", &cuda_sim::refuse,
+        "the launch, or demand for shared memory, after `others` more is refused; -1: none is; "
+        "whether one has been since the last call",
+        py::arg("others"));
   m.def("quotient", &llmops::cuda::quotient);
   m.def("convert", [](uintptr_t x, uintptr_t y, uintptr_t back, int n, bool bf16) {
     llmops::cuda::convert(reinterpret_cast<const float*>(x), reinterpret_cast<uint16_t*>(y),

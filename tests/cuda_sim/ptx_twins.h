@@ -89,7 +89,6 @@ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) { twin::ldmatrix<4, 
 inline void ldmatrix_x4_transposed(uint32_t (&to)[4], const void* row) {
   twin::ldmatrix<4, true>(to, row);
 }
-inline void ldmatrix_x2(uint32_t (&to)[2], const void* row) { twin::ldmatrix<2, false>(to, row); }
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          __nv_bfloat16) {
   twin::mma(d, a, b, true);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <utility>
 
 #include "machine.h"
 
@@ -137,18 +138,37 @@ void fail(const char* where, const char* format, ...) {
   __builtin_trap();
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+bool is_refused() {
+  Machine& m = machine();
+  if (m.until_refused < 0 || m.until_refused-- > 0) return false;
+  m.error = 701;  // cudaErrorLaunchOutOfResources
+  return m.refused = true;
+}
+
+bool refuse(int others) {
+  Machine& m = machine();
+  m.until_refused = others;
+  return std::exchange(m.refused, false);
+}
+
+int exchange_error(int next) { return std::exchange(machine().error, next); }
+
+void launch(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t dynamic_bytes,
             const std::function<void()>& run) {
   Hidden hidden;
   Machine& m = machine();
   const std::lock_guard<std::recursive_mutex> lock(m.mutex);
+  if (is_refused()) return;
   const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024)
     throw Fault("cuda_sim: kernel " + std::string(kernel) + " with " + std::to_string(threads) +
                 " threads in a block");
-  if (dynamic_bytes > kDynamicShared)
+  const auto allowed = m.allowed.find(entry);
+  m.shared_limit = allowed == m.allowed.end() ? kStaticShared : kStaticShared + allowed->second;
+  if (dynamic_bytes > (allowed == m.allowed.end() ? kStaticShared : allowed->second))
     throw Fault("cuda_sim: kernel " + std::string(kernel) + " with " +
-                std::to_string(dynamic_bytes) + " bytes of dynamic shared memory");
+                std::to_string(dynamic_bytes) +
+                " bytes of dynamic shared memory, which cudaFuncSetAttribute did not allow");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
       static_cast<uint64_t>(grid.x) * grid.y * grid.z > 1u << 24)
     throw Fault("cuda_sim: kernel " + std::string(kernel) +

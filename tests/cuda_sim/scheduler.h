@@ -86,8 +86,16 @@ void copy_wait(int groups_left);
 
 // ---- for launchers and tests
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+// `entry`: what tells the kernel from others.
+void launch(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t dynamic_bytes,
             const std::function<void()>& run);
+// Lets a kernel be launched with more than 48 KiB of dynamic shared memory; CUDA's error code.
+int allow_dynamic(const void* entry, int bytes);
+// The last error, which becomes `next`.
+int exchange_error(int next);
+// The launch or allow_dynamic that comes after `others` more is refused, as by a GPU that cannot:
+// nothing is done, and the error code tells. Whether one has been since the last time; -1: none is.
+bool refuse(int others);
 
 // Order 0: threads as numbered; 1: from the last to the first; 2: drawn from the seed.
 struct Schedule {

@@ -1,6 +1,9 @@
 // Kernels for tests/test_cuda_sim.py: right ones, and wrong ones that the simulator must tell.
 #include "selftest.h"
 
+#include <functional>
+#include <map>
+
 #include "mma.h"
 #include "tile.h"
 
@@ -159,6 +162,52 @@ __global__ void tiles_kernel(const T* from, float* d, int rows, bool wide) {
 
 __global__ void atomic_kernel(float* y) { atomicAdd(y, 1.0f); }
 
+// Each lane writes a hash of what the collectives gave it; see the test for what that is.
+__global__ void collectives_kernel(float* y) {
+  const int lane = threadIdx.x % 32;
+  LLMOPS_SHARED(int, most, 4);
+  if (lane == 0) most[threadIdx.x / 32] = 0;
+  __syncwarp();
+  atomicMax(&most[threadIdx.x / 32], static_cast<int>(threadIdx.x));
+  const int down = __shfl_down_sync(kAllLanes, lane, 3), up = __shfl_up_sync(kAllLanes, lane, 5);
+  const unsigned odd = __ballot_sync(kAllLanes, lane % 2);
+  const bool any = __any_sync(kAllLanes, lane == 31), all = __all_sync(kAllLanes, lane < 31);
+  const bool right = odd == 0xaaaaaaaau && any && !all;
+  __syncwarp();
+  const int last = most[threadIdx.x / 32];
+  store(y + threadIdx.x, static_cast<float>(right ? down + 100 * up + 10000 * last : -1));
+}
+
+__global__ void lane_not_in_mask_kernel(float* y) {
+  store(y + threadIdx.x, __shfl_sync(0x0000ffffu, 1.0f, 0));
+}
+
+// cp.async of the block's first 32 threads, their shared and their global addresses off by so many
+// floats.
+__global__ void shifted_copy_kernel(const float* x, int shared, int global) {
+  LLMOPS_DYNAMIC_SHARED(float, tile);
+  if (threadIdx.x < 32) cp_async_16(tile + 4 * threadIdx.x + shared, x + 4 * threadIdx.x + global);
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+__global__ void misaligned_matrix_kernel(float* y) {
+  LLMOPS_SHARED(__half, tile, 16 * 16 + 8);
+  uint32_t a[4];
+  ldmatrix_x4(a, tile + threadIdx.x % 16 * 16 + threadIdx.x / 16 * 4);
+  store(y + threadIdx.x, __uint_as_float(a[0]));
+}
+
+__global__ void large_shared_kernel(float* y) {
+  LLMOPS_SHARED(float, large, 13000);
+  store(y + threadIdx.x, large[threadIdx.x]);
+}
+
+__global__ void dynamic_shared_kernel(float* y) {
+  LLMOPS_DYNAMIC_SHARED(float, tile);
+  store(y + threadIdx.x, tile[threadIdx.x]);
+}
+
 template <class T, int kColumns>
 void launch_tiles(const float* x, float* y, int rows, bool wide) {
   void* stream = nullptr;
@@ -171,57 +220,54 @@ void launch_tiles(const float* x, float* y, int rows, bool wide) {
 
 bool selftest(const std::string& name, const float* x, float* y, int n) {
   void* stream = nullptr;
-  if (name == "sum") {
-    LLMOPS_LAUNCH(sum_kernel, 1, 128, 0, stream, x, y, n);
-  } else if (name == "missing barrier") {
-    LLMOPS_LAUNCH(missing_barrier_kernel, 1, 128, 0, stream, x, y);
-  } else if (name == "missing warp barrier") {
-    LLMOPS_LAUNCH(missing_warp_barrier_kernel, 1, 128, 0, stream, x, y);
-  } else if (name == "divergent barrier") {
-    LLMOPS_LAUNCH(divergent_barrier_kernel, 1, 128, 0, stream, y);
-  } else if (name == "barrier and collective") {
-    LLMOPS_LAUNCH(barrier_and_collective_kernel, 1, 128, 0, stream, y);
-  } else if (name == "partial mask") {
-    LLMOPS_LAUNCH(partial_mask_kernel, 1, 128, 0, stream, y);
-  } else if (name == "foreign lane") {
-    LLMOPS_LAUNCH(foreign_lane_kernel, 1, 128, 0, stream, y);
-  } else if (name == "uneven masks") {
-    LLMOPS_LAUNCH(uneven_masks_kernel, 1, 128, 0, stream, y);
-  } else if (name == "out of range") {
-    LLMOPS_LAUNCH(out_of_range_kernel, 1, 128, 0, stream, x, y, n);
-  } else if (name == "misaligned") {
-    LLMOPS_LAUNCH(misaligned_kernel, 1, 128, 0, stream, x, y);
-  } else if (name == "shared out of range") {
-    LLMOPS_LAUNCH(shared_out_of_range_kernel, 1, 128, 0, stream, y);
-  } else if (name == "stale shared") {
-    LLMOPS_LAUNCH(stale_shared_kernel, 2, 128, 0, stream, y);
-  } else if (name == "copy") {
-    LLMOPS_LAUNCH((copy_kernel<true, false>), 1, 128, 512, stream, x, y);
-  } else if (name == "copy not waited for") {
-    LLMOPS_LAUNCH((copy_kernel<false, false>), 1, 128, 512, stream, x, y);
-  } else if (name == "copy waited for late") {
-    LLMOPS_LAUNCH((copy_kernel<true, true>), 1, 128, 512, stream, x, y);
-  } else if (name == "product bf16") {
-    const auto* a = reinterpret_cast<const __nv_bfloat16*>(x);
-    LLMOPS_LAUNCH(product_kernel<__nv_bfloat16>, 1, 32, 0, stream, a, a + 256, y);
-  } else if (name == "product fp16") {
-    const auto* a = reinterpret_cast<const __half*>(x);
-    LLMOPS_LAUNCH(product_kernel<__half>, 1, 32, 0, stream, a, a + 256, y);
-  } else if (name == "tiles bf16 64") {
-    launch_tiles<__nv_bfloat16, 64>(x, y, n, true);
-  } else if (name == "tiles bf16 96") {
-    launch_tiles<__nv_bfloat16, 96>(x, y, n, true);
-  } else if (name == "tiles fp16 128") {
-    launch_tiles<__half, 128>(x, y, n, true);
-  } else if (name == "tiles fp16 64 narrow") {
-    launch_tiles<__half, 64>(x, y, n, false);
-  } else if (name == "atomic") {
-    LLMOPS_LAUNCH(atomic_kernel, 100, 256, 0, stream, y);
-  } else if (name == "too many threads") {
-    LLMOPS_LAUNCH(atomic_kernel, 1, 2048, 0, stream, y);
-  } else {
-    return false;
+  const auto* bf16 = reinterpret_cast<const __nv_bfloat16*>(x);
+  const auto* fp16 = reinterpret_cast<const __half*>(x);
+#define ONE(name, kernel, grid, block, bytes, ...)                                \
+  {                                                                               \
+    name, [&] { LLMOPS_LAUNCH(kernel, grid, block, bytes, stream, __VA_ARGS__); } \
   }
+  const std::map<std::string, std::function<void()>> kernels = {
+      ONE("sum", sum_kernel, 1, 128, 0, x, y, n),
+      ONE("collectives", collectives_kernel, 1, 128, 0, y),
+      ONE("uneven masks", uneven_masks_kernel, 1, 128, 0, y),
+      ONE("atomic", atomic_kernel, 100, 256, 0, y),
+      ONE("copy", (copy_kernel<true, false>), 1, 128, 512, x, y),
+      ONE("product bf16", product_kernel<__nv_bfloat16>, 1, 32, 0, bf16, bf16 + 256, y),
+      ONE("product fp16", product_kernel<__half>, 1, 32, 0, fp16, fp16 + 256, y),
+      {"tiles bf16 64", [&] { launch_tiles<__nv_bfloat16, 64>(x, y, n, true); }},
+      {"tiles bf16 96", [&] { launch_tiles<__nv_bfloat16, 96>(x, y, n, true); }},
+      {"tiles fp16 128", [&] { launch_tiles<__half, 128>(x, y, n, true); }},
+      {"tiles fp16 64 narrow", [&] { launch_tiles<__half, 64>(x, y, n, false); }},
+      // Wrong on purpose.
+      ONE("missing barrier", missing_barrier_kernel, 1, 128, 0, x, y),
+      ONE("missing warp barrier", missing_warp_barrier_kernel, 1, 128, 0, x, y),
+      ONE("divergent barrier", divergent_barrier_kernel, 1, 128, 0, y),
+      ONE("barrier and collective", barrier_and_collective_kernel, 1, 128, 0, y),
+      ONE("partial mask", partial_mask_kernel, 1, 128, 0, y),
+      ONE("foreign lane", foreign_lane_kernel, 1, 128, 0, y),
+      ONE("lane not in its mask", lane_not_in_mask_kernel, 1, 128, 0, y),
+      ONE("out of range", out_of_range_kernel, 1, 128, 0, x, y, n),
+      ONE("misaligned", misaligned_kernel, 1, 128, 0, x, y),
+      ONE("misaligned matrix", misaligned_matrix_kernel, 1, 32, 0, y),
+      ONE("shared out of range", shared_out_of_range_kernel, 1, 128, 0, y),
+      ONE("stale shared", stale_shared_kernel, 2, 128, 0, y),
+      ONE("copy not waited for", (copy_kernel<false, false>), 1, 128, 512, x, y),
+      ONE("copy waited for late", (copy_kernel<true, true>), 1, 128, 512, x, y),
+      ONE("copy to a misaligned place", shifted_copy_kernel, 1, 32, 528, x, 1, 0),
+      ONE("copy from a misaligned place", shifted_copy_kernel, 1, 32, 528, x, 0, 1),
+      ONE("copy from out of range", shifted_copy_kernel, 1, 32, 528, x, 0, 4),
+      ONE("copy to out of range", shifted_copy_kernel, 1, 32, 512, x, 4, 0),
+      ONE("too much static shared", large_shared_kernel, 1, 128, 0, y),
+      ONE("no dynamic shared", dynamic_shared_kernel, 1, 128, 0, y),
+      ONE("too much dynamic shared", dynamic_shared_kernel, 1, 128, 49153, y),
+      ONE("too many threads", atomic_kernel, 1, 2048, 0, y),
+      ONE("too many blocks", atomic_kernel, dim3(1, 65536), 32, 0, y),
+      ONE("no blocks", atomic_kernel, 0, 32, 0, y),
+  };
+#undef ONE
+  const auto found = kernels.find(name);
+  if (found == kernels.end()) return false;
+  found->second();
   return true;
 }
 

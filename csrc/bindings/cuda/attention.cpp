@@ -38,12 +38,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q_in, const Tensor& 
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-      "int window_left=-1, int window_right=-1, Tensor? alibi_slopes=None, float softcap=0.0, "
-      "Tensor? sinks=None, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kAttentionSchemas); }
 LLMOPS_CUDA_KERNELS(m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cuda)); }
 
 }  // namespace llmops

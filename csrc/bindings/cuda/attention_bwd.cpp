@@ -74,20 +74,19 @@ Gradients attention_bwd_cuda(const Tensor& grad_out_in, const std::optional<Tens
     for (int64_t d = 0; d < 4; ++d) b.dmask_size[d] = d < shift ? 1 : mask->size(d - shift);
     if (dmask->numel() > 0) b.dmask = floats(launcher, *dmask);
   }
+  Gradients gradients{dq, dk, dv, dmask, dsinks};
+  if (rows == 0) {  // of a group without heads there is nothing to load
+    for (Tensor zero : {dk, dv}) torch::stable::zero_(zero);
+    for (std::optional<Tensor> zero : {dmask, dsinks})
+      if (zero.has_value()) torch::stable::zero_(*zero);
+    return gradients;
+  }
   launcher.check(cuda::attention_bwd(b, launcher.stream()));
-  return {dq, dk, dv, dmask, dsinks};
+  return gradients;
 }
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? "
-      "mask, Tensor out, Tensor lse, bool causal, float scale, bool need_mask_grad, "
-      "int window_left=-1, int window_right=-1, Tensor? alibi_slopes=None, float softcap=0.0, "
-      "Tensor? sinks=None, float dropout_p=0.0, Tensor? seed=None) -> "
-      "(Tensor, Tensor, Tensor, Tensor?, Tensor?)");
-}
 LLMOPS_CUDA_KERNELS(m) { m.impl("attention_bwd", TORCH_BOX(&attention_bwd_cuda)); }
 
 }  // namespace llmops

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common.h"
+#include "../schemas.h"
 #include "cuda/rows.h"
 
 #if defined(LLMOPS_CUDA_SIM)

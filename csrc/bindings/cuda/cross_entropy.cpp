@@ -58,11 +58,12 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& x, const Tensor&
                                                   const std::optional<Tensor>& weight,
                                                   int64_t ignore_index, double smoothing,
                                                   double z_loss, int64_t reduction,
-                                                  ScalarType dtype) {
+                                                  std::optional<ScalarType> dtype) {
   CudaLoss loss("llmops.cross_entropy", x, target, weight, ignore_index, smoothing, z_loss,
                 reduction);
   const std::vector<int64_t> shape = shape_of(target);
-  Tensor out = new_output(x, loss.rowwise() ? shape : std::vector<int64_t>{}, dtype);
+  Tensor out = new_output(x, loss.rowwise() ? shape : std::vector<int64_t>{},
+                          dtype.value_or(x.scalar_type()));
   Tensor lse = new_output(x, shape, ScalarType::Double);
   std::optional<Tensor> losses;
   loss.p.lse = static_cast<double*>(loss.launcher.data(lse));
@@ -119,27 +120,16 @@ Tensor cross_entropy_bwd_cuda(const Tensor& grad, const std::optional<Tensor>& g
 void cross_entropy_bwd_in_place_cuda(const Tensor& grad, Tensor x, const Tensor& target,
                                      const std::optional<Tensor>& weight, const Tensor& lse,
                                      int64_t ignore_index, double smoothing, double z_loss,
-                                     int64_t reduction) {
+                                     int64_t reduction, const std::optional<Tensor>& grad_lse) {
   LLMOPS_CHECK(x.is_contiguous(), "llmops.cross_entropy_bwd_: x must be contiguous");
   CudaLoss loss("llmops.cross_entropy_bwd_", x, target, weight, ignore_index, smoothing, z_loss,
                 reduction);
-  backward(loss, grad, std::nullopt, lse, x);
+  backward(loss, grad, grad_lse, lse, x);
 }
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight, int ignore_index, "
-      "float label_smoothing, float z_loss, int reduction, ScalarType dtype) -> (Tensor, Tensor)");
-  m.def(
-      "cross_entropy_bwd(Tensor grad, Tensor? grad_lse, Tensor x, Tensor target, Tensor? weight, "
-      "Tensor lse, int ignore_index, float label_smoothing, float z_loss, int reduction) -> "
-      "Tensor");
-  m.def(
-      "cross_entropy_bwd_(Tensor grad, Tensor(a!) x, Tensor target, Tensor? weight, Tensor lse, "
-      "int ignore_index, float label_smoothing, float z_loss, int reduction) -> ()");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kCrossEntropySchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd_cuda));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd_cuda));

@@ -42,10 +42,7 @@ Tensor gelu_bwd_cuda(const Tensor& grad, const Tensor& x, bool tanh) {
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def("gelu(Tensor x, bool tanh) -> Tensor");
-  m.def("gelu_bwd(Tensor grad, Tensor x, bool tanh) -> Tensor");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kGeluSchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("gelu", TORCH_BOX(&gelu_cuda));
   m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd_cuda));

@@ -31,18 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd_cuda(
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "layer_norm_fwd(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, "
-      "int dims=1) -> Tensor");
-  m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
-      "int dims=1) -> (Tensor, Tensor)");
-  m.def(
-      "layer_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, Tensor? bias, float eps, "
-      "int dims=1, bool need_h=True, bool need_x=False, bool need_params=True) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kLayerNormSchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd_cuda));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd_cuda));

@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward_cuda(const CudaNorm& no
            p.dx.wide(p.n) && p.weight.wide(p.n);
   std::optional<Tensor> sums;
   if (need_params) {
-    const int64_t size = cuda::norm_bwd_programs(p.rows, p.n) * p.n;
+    const int64_t size = cuda::norm_bwd_programs(p) * p.n;
     sums = new_output(h, {need_bias ? 2 : 1, size}, ScalarType::Float);
     p.weight_sums = static_cast<float*>(launcher.data(*sums));
     if (need_bias) p.bias_sums = p.weight_sums + size;

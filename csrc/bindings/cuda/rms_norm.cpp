@@ -34,18 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd_cuda(const Tensor& dy, const Ten
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "rms_norm_fwd(Tensor x, Tensor? weight, float eps, int dims=1, float weight_offset=0.0) "
-      "-> Tensor");
-  m.def(
-      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps, int dims=1, "
-      "float weight_offset=0.0) -> (Tensor, Tensor)");
-  m.def(
-      "rms_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, float eps, int dims=1, "
-      "float weight_offset=0.0, bool need_h=True, bool need_x=False, bool need_weight=True) "
-      "-> (Tensor, Tensor, Tensor)");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kRmsNormSchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd_cuda));
   m.impl("add_rms_norm_fwd", TORCH_BOX(&add_rms_norm_fwd_cuda));

@@ -123,17 +123,7 @@ void rope_qk_in_place_cuda(Tensor q, Tensor k, const Tensor& cos, const Tensor& 
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "rope(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, bool interleaved=False, "
-      "bool inverse=False, bool token_major=False) -> Tensor");
-  m.def(
-      "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, "
-      "bool interleaved=False, bool inverse=False, bool token_major=False) -> (Tensor, Tensor)");
-  m.def(
-      "rope_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? position_ids=None, "
-      "bool interleaved=False, bool inverse=False) -> ()");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kRopeSchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("rope", TORCH_BOX(&rope_cuda));
   m.impl("rope_qk", TORCH_BOX(&rope_qk_cuda));

@@ -9,10 +9,11 @@ namespace {
 
 // x [..., n] over its last dimension; y is contiguous.
 Tensor softmax_fwd_cuda(const Tensor& x, double scale, const std::optional<Tensor>& mask,
-                        bool causal, ScalarType dtype) {
+                        bool causal, std::optional<ScalarType> dtype_in) {
   Launcher launcher(x, "llmops.softmax");
   LLMOPS_CHECK(x.dim() >= (causal ? 2 : 1), launcher.name(), ": x has ", x.dim(),
                " dimensions, too few");
+  const ScalarType dtype = dtype_in.value_or(x.scalar_type());
   kernel_dtype(dtype, launcher.name());
   Tensor y = new_output(x, shape_of(x), dtype);
   if (y.numel() == 0) return y;
@@ -51,11 +52,7 @@ Tensor softmax_bwd_cuda(const Tensor& grad, const Tensor& y, double scale, Scala
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def(
-      "softmax_fwd(Tensor x, float scale, Tensor? mask, bool causal, ScalarType dtype) -> Tensor");
-  m.def("softmax_bwd(Tensor grad, Tensor y, float scale, ScalarType dtype) -> Tensor");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kSoftmaxSchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cuda));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cuda));

@@ -91,12 +91,7 @@ Tensor glu_bwd_fused_cuda(const Tensor& grad, const Tensor& x, int64_t code) {
 
 }  // namespace
 
-LLMOPS_CUDA_SCHEMAS(m) {
-  m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
-  m.def("geglu(Tensor gate, Tensor? up, bool tanh) -> Tensor");
-  m.def("glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)");
-  m.def("glu_bwd_fused(Tensor grad, Tensor x, int activation) -> Tensor");
-}
+LLMOPS_CUDA_SCHEMAS(m) { define(m, kSwigluSchemas); }
 LLMOPS_CUDA_KERNELS(m) {
   m.impl("swiglu", TORCH_BOX(&swiglu_cuda));
   m.impl("geglu", TORCH_BOX(&geglu_cuda));
