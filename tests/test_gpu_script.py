@@ -217,3 +217,29 @@ def test_gpu_stages_exist(gpu: Any) -> None:
     assert set(cases.names()) <= set(names) and "attention torch.compile" in names
     with pytest.raises(SystemExit):
         gpu.main(["--stages", "benches"])
+
+
+def test_gpu_sanitizer_units(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit per tool and op of the CUDA backend; a report fails it, and so does no test at all."""
+    sanitize = sys.modules["gpu_sanitize"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="compute-sanitizer is not on PATH.*--stages"):
+        list(sanitize.units("python"))
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    units = {u.name: u for u in sanitize.units("python")}
+    for name in ("memcheck test_softmax", "racecheck test_attention", "synccheck test_rms_norm"):
+        command = units[name].command({})
+        assert command[:3] == [str(tool), "--tool", name.split()[0]]
+        assert command[-1] == f"tests/{name.split()[1]}.py" and "cuda and" in command[-2]
+    for text, status, want in (
+        ("3 passed", 0, "passed"),
+        ("no tests ran", 5, "failed"),
+        ("========= Invalid __global__ read\n3 passed", 77, "failed"),
+        ("", None, "cut"),
+    ):
+        record: dict[str, Any] = {}
+        assert sanitize.read(record, text, status) == want
+        assert bool(record["reports"]) == ("Invalid" in text)
+    assert "sanitize" not in gpu.USUAL

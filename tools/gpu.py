@@ -4,6 +4,7 @@
     correctness   the conformance kit on its device targets, some test files at a time: what takes
                   long is not the GPU but Triton's compiler, one core a process
     bench         `llmops bench --device cuda`, one op after the other, then beside torch.compile
+    sanitize      where --stages names it: the CUDA kernels under compute-sanitizer
     summary       one JSON of all this
 
 A stage is a list of units, each a process of its own with a limit of time: one that hangs, or
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_run
+import gpu_sanitize
 from gpu_run import Stage, Unit, go, load, plain, save
 
 MAX_FAILURES = 10  # of one test process: after an illegal access every later test fails
@@ -217,7 +219,9 @@ STAGES = (
     Stage("install", 5.0, install_units),
     Stage("correctness", 4.0, test_units, workers=max(1, min(8, (os.cpu_count() or 1) // 2))),
     Stage("bench", 5.0, bench_units),
+    Stage("sanitize", 9.0, lambda: list(gpu_sanitize.units(python()))),
 )
+USUAL = "install,correctness,bench"
 
 
 def work(stages: Iterable[Stage], minutes: float, out: Path, keep: bool = False) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     default = os.environ.get("OUT") or str(gpu_run.STATE)
     add("--out", type=Path, default=Path(default), help="folder of the JSON files (build/gpu)")
     names = [s.name for s in STAGES]
-    add("--stages", default=",".join(names), help="some of them, as in install,bench")
+    add("--stages", default=USUAL, help=f"some of {', '.join(names)} (default {USUAL})")
     add("--minutes", type=float, default=9.5, help="for all stages together (9.5)")
     add("--fresh", action="store_true", help="forget what earlier calls found")
     add("--keep", action="store_true", help="go on although the sources changed since")
