@@ -17,6 +17,7 @@ namespace {
 constexpr int kTile = W == 1 ? 1 : 4;       // rows of x per tile
 constexpr int kStreams = W < 8 ? W : 8;     // runs through the weights
 constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
+constexpr int64_t kAgainBytes = 4 << 20;
 
 template <class T>
 struct Pairs {
@@ -161,7 +162,11 @@ void linear_fwd(const LinearParams& p, const float* packed, int64_t begin, int64
       run<T, W == 1 ? 1 : 2>(p, packed, 0, 2, begin, end);
     } else {
       const int64_t fit = kPanelFloats / (packed_stride<T>(p.k) + 1) / kTile * kTile;
-      const int64_t panel = fit > kTile ? fit : kTile;
+      const int64_t bytes = (end - begin) * p.k * static_cast<int64_t>(sizeof(T));
+      // Two tiles of x and a block of weights are more than an L1: where the weights stay in a
+      // larger cache anyway, they are read once per tile.
+      const bool again = p.rows <= 2 * kTile && bytes <= kAgainBytes;
+      const int64_t panel = fit > kTile && !again ? fit : kTile;
       for (int64_t r = 0; r < p.rows; r += panel)
         run<T, kTile>(p, packed, r, r + panel < p.rows ? r + panel : p.rows, begin, end);
     }
