@@ -110,7 +110,8 @@ class use_backend:
     def __enter__(self) -> use_backend:
         self.previous.append(state.requested)
         opened.append(self.name)
-        state.requested = self.name
+        # What would be chosen anyway is no request: the short ways stay open.
+        state.requested = None if self.name == _environment() == "auto" else self.name
         return self
 
     def __exit__(self, *exc: object) -> None:

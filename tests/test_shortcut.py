@@ -63,7 +63,6 @@ def test_shortcut_is_of_the_dtype() -> None:
         (_Mode, lambda: (X, W)),
         (torch.autograd.forward_ad.dual_level, lambda: (X, W)),
         (lambda: llmops.use_backend("reference"), lambda: (X, W)),
-        (lambda: llmops.use_backend("auto"), lambda: (X, W)),
     ],
 )
 def test_shortcut_refuses(
@@ -179,6 +178,22 @@ def test_native_functions_keep_no_references() -> None:
         is_last(X, W, watched[-1])
         is_last(X, None, 8)
         is_last(X, [], 8)
-        with llmops.use_backend("auto"):
+        with llmops.use_backend("cpu"):
             raw(X, W)
     assert all(abs(a - b) < 100 for a, b in zip(counts(), before, strict=True))
+
+
+def test_shortcut_stays_open_under_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """use_backend("auto") asks for what is chosen anyway, unless the environment asks otherwise."""
+    raw = shortcut("layer_norm")
+    with llmops.use_backend("auto"):
+        assert raw(X, W) is not None
+    with llmops.use_backend("reference"):
+        assert raw(X, W) is None
+        with llmops.use_backend("auto"):
+            assert raw(X, W) is not None
+            assert llmops.explain("layer_norm", X, 8).backend == "cpu"
+    monkeypatch.setenv("LLMOPS_BACKEND", "reference")
+    with llmops.use_backend("auto"):
+        assert raw(X, W) is None
+        assert llmops.explain("layer_norm", X, 8).backend == "cpu"

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmops import backends, reference
 from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _check
-from llmops.ops._op import LIBRARY, Op, refuse_transforms
+from llmops.ops._op import LIBRARY, Op, is_tracing, refuse_transforms, shortcut
 from llmops.ops._rope_checks import check_heads, check_pair, check_tables
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -117,6 +117,20 @@ def rope_qk_(
             above.
         Others as `rope`.
     """
+    raw = _rope_qk_raw_(q, k, cos, sin) if backend is None and not is_tracing() else None
+    if raw is not None:
+        try:
+            if interleaved or inverse:
+                raw(q, k, cos, sin, position_ids, interleaved, inverse)
+            elif position_ids is not None:
+                raw(q, k, cos, sin, position_ids)
+            else:
+                raw(q, k, cos, sin)
+        except (RuntimeError, ValueError, IndexError):
+            pass  # nothing was written, and the checks below say what is wrong
+        else:
+            _written(q, k)
+            return q, k
     check_pair("rope_qk_", q, k)
     check_tables("rope_qk_", q, cos, sin, position_ids)
     _refuse_gradients(q, k)
@@ -188,6 +202,8 @@ def _token_major(x: Tensor) -> bool:
 
 
 # ---- the operators -------------------------------------------------------------------------------
+
+_rope_qk_raw_ = shortcut("rope_qk_")
 
 
 def _ordered(x: Tensor, token_major: bool) -> Tensor:
@@ -305,7 +321,11 @@ def _forward_qk_(
         raw(q, k, cos, sin, position_ids, interleaved, inverse)
     else:
         raw(q, k, cos, sin, position_ids)
-    # Tells autograd that earlier operations which saved q or k must not use them any more.
+    _written(q, k)
+
+
+def _written(q: Tensor, k: Tensor) -> None:
+    """Tells autograd that earlier operations which saved q or k must not use them any more."""
     if not torch.is_inference_mode_enabled():
         torch.autograd.graph.increment_version([t for t in (q, k) if not t.is_inference()])
 
