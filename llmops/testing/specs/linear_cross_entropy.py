@@ -19,16 +19,16 @@ def samples(make: Make) -> Iterator[Sample]:
     # 300 rows are two chunks, 2100 classes two runs of a CPU's. fp16 holds logits of a few tens to
     # 2^-6 only: keep them small.
     yield Sample("300x24-of-70", (make(300, 24, scale=0.3), make(70, 24), target))
-    some = make.ints(9, high=2100).masked_fill(~make.bools(9, keep=0.6), -100)
+    some = make.ints(24, high=2100).masked_fill(~make.bools(24, keep=0.6), -100)
     everything = {
         "linear_bias": make(2100),
         "weight": make(2100, grad=False).abs(),
         "label_smoothing": 0.2,
     }
-    few = (make(9, 8, scale=0.3), make(2100, 8), some)
-    yield Sample("ignored-all-9x8", few, everything)
+    few = (make(24, 8, scale=0.3), make(2100, 8), some)
+    yield Sample("ignored-all-24x8", few, everything)
     none = {**everything, "linear_bias": make(2100), "reduction": "none"}
-    yield Sample("none-9x8", (make(9, 8, scale=0.3), make(2100, 8), some), none)
+    yield Sample("none-24x8", (make(24, 8, scale=0.3), make(2100, 8), some), none)
     yield Sample(
         "sum-9x16", (make(9, 16), make(33, 16), make.ints(9, high=33)), {"reduction": "sum"}
     )
