@@ -1,5 +1,6 @@
 // What it computes: kv_cache_append_.h. One row of D elements is one copy; 2 * D * element bytes.
 // Rows are as short as 128 bytes: a division or a call for each would cost more than its copy.
+// Where the rows of a prompt lie together it is the C library's copy, which knows the processor.
 #include "kv_cache_append_.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
@@ -22,7 +23,7 @@ void copy_rows(const CacheAppendParams& p, int64_t rows, const char* from, int64
         __builtin_memcpy(to + r * to_step + d * p.cache_stride[3],
                          from + r * from_step + d * p.from_stride[3], p.element);
   } else if (from_step == bytes && to_step == bytes) {
-    copy_bytes(to, from, rows * bytes);
+    __builtin_memcpy(to, from, rows * bytes);
   } else {
     for (int64_t r = 0; r < rows; ++r) copy_bytes(to + r * to_step, from + r * from_step, bytes);
   }
