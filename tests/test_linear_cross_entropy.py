@@ -174,6 +174,28 @@ def test_linear_cross_entropy_gradients_of_a_loss_as_it_is() -> None:
         torch.autograd.grad(loss, (x, w))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_of_few_rows_holds_no_gradient_of_the_weight(reduction: str) -> None:
+    """The logits' instead, and what comes of it for any incoming gradient, again and again."""
+    rows, width, classes = 6, 512, 5000
+    x = torch.randn(rows, width, requires_grad=True)
+    w = (torch.randn(classes, width) * width**-0.5).requires_grad_()
+    ids = torch.randint(classes, (rows,))
+    ids[2] = -100
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = llmops.linear_cross_entropy(x, w, ids, reduction=reduction)
+    own = [t for t in saved if t.data_ptr() not in (x.data_ptr(), w.data_ptr())]
+    assert sum(t.numel() for t in own) < 2 * rows * classes < w.numel() / 10
+    want = torch.autograd.grad(
+        torch_linear_cross_entropy(x, w, ids, reduction=reduction), (x, w), torch.tensor(0.7)
+    )
+    for factor in (0.7, 1.0, 0.7):
+        got = torch.autograd.grad(loss, (x, w), torch.tensor(factor), retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a * 0.7 / factor, b, rtol=1e-4, atol=1e-6)
+
+
 def test_linear_cross_entropy_ignored_rows_are_not_read() -> None:
     x, w = torch.randn(6, 8), torch.randn(5, 8)
     ids = torch.tensor([1, -100, 0, 4, -100, -100])

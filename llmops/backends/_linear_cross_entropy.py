@@ -13,10 +13,11 @@ gradient in place over the logits it came from. Two ways to take the logits:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A chunk of logits: large enough that the products run at their full rate and that reading and
@@ -36,13 +37,14 @@ class Sums(NamedTuple):
 
     losses: Tensor  # [N]
     dinput: Tensor | None  # [N, D], input's dtype
-    dweight: Tensor | None  # [V, D], fp32
+    dweight: Tensor | None  # [V, D], fp32; or [N * V], what `weight_gradient` makes it from
     dbias: Tensor | None  # [V], fp32
 
 
 class Call(NamedTuple):
     """input [N, D], linear_weight [V, D], target [N], linear_bias [V], weight fp32 [V]; row_grad
-    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias."""
+    fp32 [N], all ones where None; wanted: gradients of input, linear_weight and linear_bias; keep:
+    the logits' gradient in place of linear_weight's, where `keeps_logits` says so."""
 
     input: Tensor
     linear_weight: Tensor
@@ -53,6 +55,16 @@ class Call(NamedTuple):
     label_smoothing: float
     row_grad: Tensor | None
     wanted: tuple[bool, bool, bool]
+    keep: bool = False
+
+
+def keeps_logits(rows: int, width: int, classes: int) -> bool:
+    """Whether fp32 rows by class are so few that the logits' gradient is held until the backward,
+    and linear_weight's made there: it is the smaller of the two, one chunk as any other call has,
+    and scaling it is free. 32 rows of 2304 and 256000 classes: a copy of the 2.4 GB of
+    linear_weight's gradient for an incoming gradient that is not 1 would take as long as all else.
+    """
+    return classes > CLASSES and 0 < rows <= min(width, chunk_rows(rows, classes, 4))
 
 
 def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
@@ -111,15 +123,17 @@ def _of_counted(call: Call, run: Callable[[Call], Sums]) -> Sums:
         )
     )
     losses = some.losses.new_zeros(call.target.shape).index_copy_(0, kept, some.losses)
-    dinput = some.dinput
+    dinput, dweight = some.dinput, some.dweight
     if dinput is not None:
         dinput = dinput.new_zeros(call.input.shape).index_copy_(0, kept, dinput)
-    return Sums(losses, dinput, some.dweight, some.dbias)
+    if dweight is not None and call.keep:  # its size may not depend on the targets
+        dweight = F.pad(dweight, (0, (len(counted) - len(kept)) * len(call.linear_weight)))
+    return Sums(losses, dinput, dweight, some.dbias)
 
 
 def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
     input, linear_weight, target, linear_bias, weight, ignore_index, smoothing, row_grad, wanted = (
-        call
+        call[:9]
     )
     (rows, _), classes = input.shape, linear_weight.shape[0]
     losses = input.new_empty(rows, dtype=torch.float32)
@@ -183,7 +197,7 @@ def _sums_by_class(
     losses = input.new_empty(rows, dtype=torch.float32)
     dinput = input.new_empty(input.shape) if wanted[0] else None
     fresh = losses.new_empty if rows else losses.new_zeros
-    dweight = fresh(linear_weight.shape) if wanted[1] else None
+    dweight = fresh(linear_weight.shape) if wanted[1] and not call.keep else None
     dbias = losses.new_zeros(classes) if wanted[2] else None
     whole = any(wanted)
     step = chunk_rows(rows, classes, 4) if whole else _equal(rows, MOST_ROWS)
@@ -222,7 +236,28 @@ def _sums_by_class(
                 dbias[run.classes] += g.sum(0)
         if dinput is not None and dx is not None:
             dinput[here] = dx
-    return Sums(losses, dinput, dweight, dbias)
+    return Sums(losses, dinput, buffer if call.keep else dweight, dbias)
+
+
+def weight_gradient(
+    kept: Tensor, input: Tensor, target: Tensor, ignore_index: int, factor: Tensor, classes: int
+) -> Tensor:
+    """factor times linear_weight's gradient [V, D], of the logits' [N * V] that a call kept."""
+    x = input[target != ignore_index] * factor
+    dweight = x.new_empty(classes, x.shape[1]) if len(x) else x.new_zeros(classes, x.shape[1])
+    for here, logits in _runs(kept, len(x), classes) if len(x) else ():
+        torch.mm(logits.t(), x, out=dweight[here])
+    return dweight
+
+
+def _runs(
+    buffer: Tensor, rows: int, classes: int, keep: bool = True
+) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive classes and the place of their logits: one run behind the other, or over it."""
+    for begin in range(0, classes, CLASSES):
+        end = min(begin + CLASSES, classes)
+        at = rows * begin if keep else 0
+        yield slice(begin, end), buffer[at : at + rows * (end - begin)].view(rows, end - begin)
 
 
 def _logits(
@@ -234,16 +269,13 @@ def _logits(
     n, classes, smooth = len(x), len(call.linear_weight), call.label_smoothing > 0
     runs, lses = [], []
     picked, level = x.new_zeros((2, n), dtype=torch.float64)
-    for begin in range(0, classes, CLASSES):
-        here = slice(begin, min(begin + CLASSES, classes))
-        count, at = here.stop - begin, n * begin if keep else 0
-        logits = buffer[at : at + n * count].view(n, count)
+    for here, logits in _runs(buffer, n, classes, keep):
         torch.mm(x, call.linear_weight[here].float().t(), out=logits)
         if call.linear_bias is not None:
             logits += call.linear_bias[here]
-        inside = (target >= begin) & (target < here.stop)
+        inside = (target >= here.start) & (target < here.stop)
         # A row whose target is elsewhere takes class 0 in its place: only its lse counts.
-        local = torch.where(inside, target - begin, 0)
+        local = torch.where(inside, target - here.start, 0)
         lses.append(losses_of(logits, local, None, -1, 0.0, 0.0, _NO_REDUCTION, torch.float32)[1])
         of_target = logits.gather(1, local[:, None].long())[:, 0]
         picked += torch.where(inside, of_target, 0.0)

@@ -153,3 +153,5 @@ if _extension.REASON is None:
         in_fp32 = dtype == torch.float32 or widens_products(dtype)
         way = _linear_cross_entropy.sums_by_class if in_fp32 else _linear_cross_entropy.sums
         return way(cross_entropy, cross_entropy_bwd_, call)
+
+    linear_cross_entropy_weight_gradient = _linear_cross_entropy.weight_gradient

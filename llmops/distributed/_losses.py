@@ -84,7 +84,7 @@ def linear_cross_entropy(
     rows = reduction == "none"
     loss: Tensor = torch.ops.llmops.linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing,
-        "none" if rows else "sum", dtype if rows else torch.float32, *wanted, backend,
+        "none" if rows else "sum", dtype if rows else torch.float32, *wanted, False, backend,
     )[0]  # fmt: skip
     if rows:
         return loss

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmops import reference
 from llmops.backends import get
+from llmops.backends._linear_cross_entropy import keeps_logits
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check, _dtensor
 from llmops.ops._op import Op, is_plain
@@ -44,10 +45,12 @@ def linear_cross_entropy(
     "mean" and "sum" compute the gradients in the forward pass, while a chunk's logits are there:
     three matrix products in all, as in a step that keeps its logits, where computing the logits
     again in the backward would make it four. That holds the gradients (linear_weight's in fp32)
-    from forward to backward, and the backward only scales them by the incoming gradient. Which
-    gradients are computed follows from what requires one: a call under no_grad computes none. With
-    "none", where each row has an incoming gradient of its own, the backward makes the logits again.
-    torch's `options`, which choose among such strategies, have no counterpart here.
+    from forward to backward, and the backward only scales them by the incoming gradient. Of few
+    fp32 rows on a CPU, at most D and 256 and in one chunk, it holds the logits' gradient instead,
+    which is smaller than linear_weight's, and makes that one in the backward. Which gradients are
+    computed follows from what requires one: a call under no_grad computes none. With "none", where
+    each row has an incoming gradient of its own, the backward makes the logits again. torch's
+    `options`, which choose among such strategies, have no counterpart here.
 
     Args:
         input: [N, D] or [D], fp32/bf16/fp16 (fp64 on the reference).
@@ -133,7 +136,9 @@ def linear_cross_entropy(
 
         loss = _losses.linear_cross_entropy(*arguments, wanted, name)
     else:
-        loss = _linear_cross_entropy(*arguments, *wanted, name)[0]
+        keep = name == "cpu" and wanted[1] and input.dtype == torch.float32
+        keep = keep and keeps_logits(len(arguments[0]), *linear_weight.shape[::-1])
+        loss = _linear_cross_entropy(*arguments, *wanted, keep, name)[0]
     return loss[0] if one and reduction == "none" else loss
 
 
@@ -195,11 +200,11 @@ def _check_range(target: Tensor, linear_weight: Tensor, ignore_index: int) -> No
 def _sums(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None,
     weight: Tensor | None, ignore_index: int, label_smoothing: float, row_grad: Tensor | None,
-    wanted: tuple[bool, bool, bool], backend: str,
+    wanted: tuple[bool, bool, bool], backend: str, keep: bool = False,
 ) -> Any:  # fmt: skip
     return get(backend).linear_cross_entropy(
         input, linear_weight, target, linear_bias, _wide_weight(weight), ignore_index,
-        label_smoothing, row_grad, wanted,
+        label_smoothing, row_grad, wanted, keep,
     )  # fmt: skip
 
 
@@ -239,7 +244,8 @@ def _empty(like: Tensor) -> Tensor:
 def _forward(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None,
     weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
-    dtype: torch.dtype, want_input: bool, want_weight: bool, want_bias: bool, backend: str,
+    dtype: torch.dtype, want_input: bool, want_weight: bool, want_bias: bool, keep_logits: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if backend != "cpu":
         backend = resolve("linear_cross_entropy", input.device, input.dtype, (), backend)
@@ -258,7 +264,7 @@ def _forward(
         row_grad = torch.where(some, 1 / divisor, divisor).float().expand(target.shape)
     found = _sums(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, row_grad,
-        wanted, backend,
+        wanted, backend, keep_logits,
     )  # fmt: skip
     if reduction == "none":
         loss = found.losses.to(dtype, copy=True)
@@ -271,26 +277,26 @@ def _forward(
 def _fake(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None,
     weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
-    dtype: torch.dtype, want_input: bool, want_weight: bool, want_bias: bool, backend: str,
+    dtype: torch.dtype, want_input: bool, want_weight: bool, want_bias: bool, keep_logits: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def wide(shape: Any, wanted: bool) -> Tensor:
         if not wanted or backend == "reference":
             return _empty(input)
         return input.new_empty(shape, dtype=torch.float32)
 
+    kept = (len(input) * len(linear_weight),)
     return (
         input.new_empty(target.shape if reduction == "none" else (), dtype=dtype),
         input.new_empty(input.shape) if want_input and backend != "reference" else _empty(input),
-        wide(linear_weight.shape, want_weight),
+        wide(kept if keep_logits else linear_weight.shape, want_weight),
         wide(linear_weight.shape[:1], want_bias),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, target, linear_bias, weight, *how, _dtype, _x, _w, _b, ctx.backend = (
-        inputs
-    )
-    ctx.how = how
+    input, linear_weight, target, linear_bias, weight, *how = inputs[:8]
+    ctx.how, ctx.backend = how, inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, *output[1:])
@@ -304,14 +310,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple[Any, ...]:
         )
     wanted = (needs[0], needs[1], needs[3])
     if grad is None or not any(wanted):
-        return (None,) * 13
+        return (None,) * 14
     saved = ctx.saved_tensors  # once: a hook may bring them from far away
     held = _held(ctx, grad, saved, wanted)
     if held is not None:
-        return held[0], held[1], None, held[2], *(None,) * 9
+        return held[0], held[1], None, held[2], *(None,) * 10
     found = _linear_cross_entropy_bwd(grad, *saved, *ctx.how, *wanted, ctx.backend)
     dinput, dweight, dbias = (g if want else None for g, want in zip(found, wanted, strict=True))
-    return dinput, dweight, None, dbias, *(None,) * 9
+    return dinput, dweight, None, dbias, *(None,) * 10
 
 
 def _held(
@@ -347,7 +353,12 @@ def _forward_bwd(
             ignore_index, label_smoothing, reduction, *wanted,
         )  # fmt: skip
     pairs = list(zip((dinput, dweight, dbias), likes, wanted, strict=True))
-    made = all(x is None or g.shape == x.shape for g, x, want in pairs if want)
+    kept = want_weight and dweight.numel() > 0 and dweight.dim() == 1
+    made = all(
+        x is None or g.shape == x.shape or (kept and x is linear_weight)
+        for g, x, want in pairs
+        if want
+    )
     factor = grad.float()
     if not (made and _divides_ahead(input, reduction)):
         divisor, some = _divisor(target, weight, ignore_index, reduction, backend)
@@ -355,12 +366,17 @@ def _forward_bwd(
         factor = torch.where(some, grad.double() / divisor, 0.0).float()
     if made:
         # torch.mul rounds once, to the gradient's dtype.
-        return tuple(
+        dx, dw, db = (
             torch.mul(g, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-            if want and x is not None
+            if want and x is not None and g.shape == x.shape
             else _empty(input)
             for g, x, want in pairs
         )
+        if kept:
+            dw = get(backend).linear_cross_entropy_weight_gradient(
+                dweight, input, target, ignore_index, factor, len(linear_weight)
+            )
+        return dx, dw, db
     # Not made in the forward: each row has a gradient of its own, or no one had asked for them.
     found = _sums(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing,
@@ -399,10 +415,11 @@ _linear_cross_entropy_bwd = Op(
 )
 # Results beside the loss: gradients of the sum of the rows' losses with respect to input [N, D],
 # linear_weight and linear_bias (fp32), empty where not wanted. They take no gradient themselves.
+# keep_logits: in linear_weight's place that of the logits of the rows that count, [N * V].
 _linear_cross_entropy = Op(
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     "Tensor? weight, int ignore_index, float label_smoothing, str reduction, ScalarType dtype, "
-    "bool want_input, bool want_weight, bool want_bias, str backend)"
+    "bool want_input, bool want_weight, bool want_bias, bool keep_logits, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
