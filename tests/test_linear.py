@@ -50,6 +50,58 @@ def test_linear_bits_do_not_depend_on_threads(target: Target, dtype: torch.dtype
 
 
 @TARGETS
+@DTYPES
+def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None:
+    """Tiles, blocks and panels that end anywhere, sums in several parts, and a dimension that is
+    dense in neither operand, either or both."""
+    matmul = torch.ops.llmops_cpu.matmul
+    shapes = [
+        (1, 1, 1),
+        (4, 0, 5),
+        (0, 3, 2),
+        (5, 7, 9),
+        (97, 300, 33),
+        (130, 513, 1030),
+        (300, 70, 3),
+    ]
+    for m, k, n in shapes:
+        for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(2 * m, 2 * k)[::2, ::2]):
+            for b in (torch.randn(k, n), torch.randn(n, k + 3)[:, :k].t()):
+                x, w = a.to(dtype), b.to(dtype)
+                with target.active():
+                    got = matmul(x, w)
+                assert got.dtype == dtype and got.shape == (m, n)
+                # One rounding of the result, and of each of k fp32 sums.
+                most = x.double().abs() @ w.double().abs()
+                bound = most * (torch.finfo(dtype).eps / 2 + (k + 1) * 2.0**-24) + 2.0**-24
+                assert ((got.double() - x.double() @ w.double()).abs() <= bound).all(), (m, k, n)
+    x = torch.ones(3, 2)
+    x[1, 1] = float("nan")
+    with target.active():
+        assert matmul(x, torch.zeros(2, 4)).isnan().any(1).tolist() == [False, True, False]
+    for bad in (torch.ones(3, 4), torch.ones(2, 4, dtype=torch.float64), torch.ones(2)):
+        with pytest.raises(RuntimeError, match="of one dtype"):
+            matmul(x, bad)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_linear_gradients_are_rounded_once(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(70, 300).to(dtype), torch.randn(40, 300).to(dtype)
+    bias, grad = torch.randn(40).to(dtype), torch.randn(70, 40).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = llmops.linear(*leaves, backend="cpu")
+    got = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    twice = torch.autograd.grad(y, leaves, grad, create_graph=True)
+    assert twice[0].grad_fn is not None and twice[1].grad_fn is not None
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want = torch.autograd.grad(F.linear(*wide), wide, grad.double())
+    for a, b, w in zip(got, twice, want, strict=True):
+        assert a.dtype == b.dtype == dtype
+        step = torch.finfo(dtype).eps * w.abs() / 2 + 1e-5
+        assert ((a.double() - w).abs() <= step).all() and ((b.double() - w).abs() <= step).all()
+
+
+@TARGETS
 def test_linear_accumulates_in_fp32(target: Target) -> None:
     """Partial sums beyond fp16's range, and a bf16 sum of more terms than its digits can count."""
     x, weight = torch.full((1, 4096), 16.0).half(), torch.full((2, 4096), 16.0).half()

@@ -31,7 +31,7 @@ FAMILIES = {
     "elementwise": "gelu swiglu",
     "embedding": "embedding kv_cache_append_",
     "layer_norm": "layer_norm norm",
-    "linear": "linear",
+    "linear": "linear matmul",
     "rms_norm": "rms_norm norm",
     "rope": "rope",
     "sample": "sample",

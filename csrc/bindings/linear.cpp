@@ -1,18 +1,18 @@
-// linear: x W^T + b for few rows of x, as a raw operator. llmops.ops.linear owns the public schema,
-// the checks and autograd; what is checked here keeps memory safe whoever calls.
+// linear: x W^T + b as a raw operator, by one kernel for few rows of x and one for many.
+// llmops.ops.linear owns the public schema, the checks and autograd; what is checked here keeps
+// memory safe whoever calls.
 #include "cpu/linear.h"
 
 #include <memory>
 
-#include "common.h"
+#include "matmul.h"
 
 namespace llmops {
 namespace {
 
 constexpr const char* kName = "llmops.linear";
-// Products below which a second thread costs more than it saves (about 100 us of one): 20 to an
-// element of what is serial elsewhere, and small under ThreadSanitizer as that is.
-constexpr int64_t kSerialProducts = 20 * kSerialElements;
+// From here on packing W pays (benchmarks/NOTES.md).
+constexpr int64_t kManyRows = 48;
 
 // x [..., K], w [N, K], bias [N].
 Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in) {
@@ -47,6 +47,13 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   p.y = y.data_ptr();
   p.y_stride = n;
 
+  // A product of bf16 pairs does twice the flops of the fp32 ones that matmul makes of them.
+  const bool pairs = p.type == cpu::DType::bf16 && cpu::active_isa() == cpu::Isa::avx512_bf16;
+  if (p.rows >= kManyRows && !pairs) {
+    const cpu::MatmulOperand a{x.data_ptr(), x_step, 1}, b{p.w, p.w_stride, 1};
+    matmul({p.type, p.rows, n, k, a, b, p.bias, p.y, p.y_stride});
+    return y;
+  }
   const std::unique_ptr<float[]> packed(
       new float[LLMOPS_CPU_CALL(linear_scratch)(p.type, p.rows, k)]);
   LLMOPS_CPU_CALL(linear_pack)(p.type, p.rows, k, x.data_ptr(), x_step, packed.get());

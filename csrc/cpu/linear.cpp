@@ -1,4 +1,5 @@
-// Linear layer for few rows of x (a decode step, a small batch). Formula: linear.h
+// Linear layer for few rows of x (a decode step, a small batch); for many: matmul.cpp. Formula:
+// linear.h
 //
 // Reading W is the cost: element size * N * K bytes for 2 * rows * N * K flops. x is copied once
 // into padded fp32 rows (bf16 ones for vdpbf16ps) and stays in cache; then W rows of weights at a

@@ -26,7 +26,7 @@ PASSES = {
     "gelu": "forward, backward",
     "kv_cache_append_": "in place",
     "layer_norm": "forward, backward",
-    "linear": "forward (gradients: torch's products)",
+    "linear": "forward (gradients: matrix products)",
     "linear_cross_entropy": "forward, backward",
     "merge_attention": "forward, backward",
     "rms_norm": "forward, backward",
@@ -135,6 +135,7 @@ if _extension.REASON is None:
     add_layer_norm = _raw.add_layer_norm_fwd.default
     layer_norm_bwd = _raw.layer_norm_bwd.default
     linear = _raw.linear.default
+    matmul = _raw.matmul.default
     gelu = _raw.gelu.default
     gelu_bwd = _raw.gelu_bwd.default
     swiglu = _raw.swiglu.default

@@ -12,7 +12,7 @@ from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
-from llmops.ops._op import Op, is_tracing, shortcut
+from llmops.ops._op import Op, is_plain, is_tracing, shortcut
 
 # Up to here a call is bound by reading W, and the kernel reads it once.
 FEW_ROWS = 8
@@ -42,8 +42,8 @@ def linear(
 
     Numerics: fp32 accumulation, the bias added in fp32, one rounding. The kernel gives the same
     bits for any number of threads; where bf16 pairs are multiplied by the processor (AVX-512-BF16),
-    subnormal products flush to zero. Gradients are torch's own matrix products. Under autocast
-    computed in autocast's dtype, as F.linear is.
+    subnormal products flush to zero. Gradients are matrix products of the same kind, or torch's.
+    Under autocast computed in autocast's dtype, as F.linear is.
     """
     raw = _few_rows_raw(x, weight, bias) if backend is None and not is_tracing() else None
     if raw is not None and _is_few_rows(x, weight):
@@ -147,17 +147,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """dx = dy W, dW = dy^T x, db = the sum of dy: torch's own products, and so differentiable; in
-    fp32 and rounded once where the CPU has no 16-bit ones (6 times faster on AVX2)."""
+    """dx = dy W, dW = dy^T x, db = the sum of dy: by our product where the CPU has no 16-bit one
+    and torch's is 6 times slower than in fp32 (AVX2); else by torch's. By torch's, too, and in fp32
+    there, where the gradient is to be differentiated."""
     x, weight = ctx.saved_tensors
     dtype = x.dtype
+    product: Any = torch.matmul
     if ctx.backend == "cpu" and get("cpu").widens_products(dtype):
-        x, weight, grad = x.float(), weight.float(), grad.float()
+        if not torch.is_grad_enabled() and is_plain(grad):
+            product = get("cpu").matmul
+        else:
+            x, weight, grad = x.float(), weight.float(), grad.float()
     need_x, need_weight, need_bias, _ = ctx.needs_input_grad
     rows = math.prod(x.shape[:-1])
     flat = grad.reshape(rows, weight.shape[0])
-    dx = grad.matmul(weight) if need_x else None
-    dweight = flat.t().matmul(x.reshape(rows, weight.shape[1])) if need_weight else None
+    dx = product(flat, weight).view(x.shape) if need_x else None
+    dweight = product(flat.t(), x.reshape(rows, weight.shape[1])) if need_weight else None
     dbias = flat.sum(0) if need_bias else None
     return *(None if g is None else g.to(dtype) for g in (dx, dweight, dbias)), None
 
