@@ -94,6 +94,7 @@ LLMOPS_NOINLINE void multiply(const float* a, const float* b, int64_t depth, con
   Vec acc[kRows][kVecs];
   LLMOPS_UNROLL for (int i = 0; i < kRows; ++i) {
     LLMOPS_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] = zero();
+    __builtin_prefetch(tile.sums + i * tile.sums_stride);  // y may have left the caches
   }
   for (int64_t d = 0; d < depth; ++d) {
     Vec row[kVecs];
