@@ -112,3 +112,21 @@ def test_triton_attention_one_pass_without_keys() -> None:
         out = llmops.attention(q, k, k, backend="triton")
         (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
     assert bool((dq == 0).all())
+
+
+def test_triton_attention_of_no_dimensions() -> None:
+    """Scores of a head dimension of 0 are zeros, whatever lies in memory where it would be."""
+    nothing = torch.full((2, 2, 9, 16), float("nan"))[..., :0]
+    q, k = nothing[:, :, :5].requires_grad_(), nothing.detach().requires_grad_()
+    v = torch.randn(2, 2, 9, 24, requires_grad=True)
+    out = llmops.attention(q, k, v, scale=1.0, backend="triton")
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+    grad = torch.randn_like(out)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    assert dq.shape == q.shape and dk.shape == k.shape
+    torch.testing.assert_close(dv, grad.sum(2, keepdim=True).expand_as(v) / 9)
+    out = llmops.attention(v[:, :, :5], v, k, backend="triton")
+    assert (
+        out.shape == (2, 2, 5, 0)
+        and torch.autograd.grad(out, v, torch.empty_like(out))[0].eq(0).all()
+    )
