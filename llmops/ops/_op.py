@@ -147,7 +147,11 @@ def refuse_transforms(op: str, remedy: str, *written: Tensor) -> None:
 
 
 def shortcut(
-    op: str, features: tuple[str, ...] = (), *, autocast: bool = False
+    op: str,
+    features: tuple[str, ...] = (),
+    *,
+    autocast: bool = False,
+    torchs: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """A function that gives the raw CPU kernel of `op`, for a call that wants its result only.
 
@@ -166,13 +170,17 @@ def shortcut(
     backend, a gradient, a compiler, a mode, another device, a tensor type of its own. Its
     first argument decides the dtype; the others may ask for a gradient, too. `autocast`: whether
     it changes this op on a CPU, and so stands between, too; asking costs as much as all the rest.
+    `torchs`: torch's own function of the same arguments, where the table prefers it to the kernel.
     """
     table: dict[torch.dtype, Any] = {}
     dispatch.on_clear(table.clear)
 
     def find(dtype: torch.dtype) -> Any:
         call = dispatch.Call(op, "cpu", dtype, features)
-        if dispatch.decide(call, dispatch.requested() or "auto").backend != "cpu":
+        backend = dispatch.decide(call, dispatch.requested() or "auto").backend
+        if backend == "reference" and torchs is not None and dtype.is_floating_point:
+            table[dtype] = torchs
+        elif backend != "cpu":
             table[dtype] = False
         else:
             overload = getattr(backends.get("cpu"), op)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmops import reference
@@ -45,12 +46,14 @@ def linear(
     subnormal products flush to zero. Gradients are matrix products of the same kind, or torch's.
     Under autocast computed in autocast's dtype, as F.linear is.
     """
-    raw = _few_rows_raw(x, weight, bias) if backend is None and not is_tracing() else None
-    if raw is not None and _is_few_rows(x, weight):
-        try:
-            return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
-        except RuntimeError:
-            pass  # the checks below say what is wrong
+    if backend is None and not is_tracing() and _is_usual(x, weight, bias):
+        few = x.numel() <= FEW_ROWS * weight.shape[1]
+        raw = (_few_rows_raw if few else _many_rows_raw)(x, weight, bias)
+        if raw is not None:
+            try:
+                return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
+            except RuntimeError:
+                pass  # the checks below say what is wrong
     autocast = torch.get_autocast_dtype(x.device.type) if _autocast.enabled(x) else None
     _check_arguments(x, weight, bias, autocast)
     dtype = _cast_to(weight.dtype, autocast)
@@ -79,14 +82,13 @@ def _few(x: Tensor) -> bool:
     return rows <= FEW_ROWS
 
 
-def _is_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """True when the kernel for few rows reads this weight as it lies."""
-    return (
-        isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and weight.stride(1) == 1
-        and x.numel() <= FEW_ROWS * weight.shape[1]
-    )
+def _is_usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel reads this weight as it lies; torch's product takes other biases, too."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return False
+    if weight.dim() != 2 or weight.stride(1) != 1:
+        return False
+    return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])
 
 
 def _cast_to(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
@@ -168,6 +170,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _few_rows_raw = shortcut("linear", ("few rows",), autocast=True)
+# Past the caches that a product has emptied the long way costs 60 to 100 us.
+_many_rows_raw = shortcut("linear", ("many rows",), autocast=True, torchs=F.linear)
 _linear = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     forward=_forward,
