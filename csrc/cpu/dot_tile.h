@@ -7,8 +7,9 @@ namespace llmops::cpu::LLMOPS_ISA {
 
 // acc[r * K + t] = lanes of q[r] . w[t]; a product is the sum of its lanes (reduce_each).
 // w: K pointers to `dim` elements. q: R rows of floats, or of bf16 where kPairs (vdpbf16ps),
-// ldq floats apart and padded with zeros to whole vectors.
-template <class T, bool kPairs, int R, int K = W / R>
+// ldq floats apart and padded with zeros to whole vectors. kAhead: bytes from here on that are
+// fetched past the second-level cache, where w is read once and other things live; 0 fetches none.
+template <class T, bool kPairs, int R, int K = W / R, int kAhead = 0>
 LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int64_t ldq, Vec* acc) {
   LLMOPS_UNROLL for (int i = 0; i < R * K; ++i) acc[i] = zero();
   int64_t d = 0;
@@ -38,8 +39,16 @@ LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int6
         LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, x[t], acc[r * K + t]);
       }
     };
-    for (; d + W <= dim; d += W)
+    // Twice a line: once lost as much as it gained (benchmarks/NOTES.md).
+    constexpr int kHalfLine = 32 / static_cast<int>(sizeof(T));
+    for (; d + W <= dim; d += W) {
+      if (kAhead > 0 && d % kHalfLine == 0) {
+        LLMOPS_UNROLL for (int t = 0; t < K; ++t) {
+          __builtin_prefetch(reinterpret_cast<const char*>(w[t] + d) + kAhead, 0, 0);
+        }
+      }
       step([](const T* p) __attribute__((always_inline)) { return load(p); });
+    }
     const int tail = static_cast<int>(dim - d);
     if (tail > 0) step([&](const T* p) __attribute__((always_inline)) { return load_n(p, tail); });
   }

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kTile = W == 1 ? 1 : 4;       // rows of x per tile
 constexpr int kStreams = W < 8 ? W : 8;     // runs through the weights
+constexpr int kAhead = W == 1 ? 0 : 512;    // bytes of each that one row of x fetches in advance
 constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
 constexpr int64_t kAgainBytes = 4 << 20;
 
@@ -72,7 +73,7 @@ LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float
     sums[0][0] = dot_plain(w[0], k, x);
   } else if constexpr (R == 1) {
     for (int t = 0; t < W; t += kStreams)
-      dot_tile<T, Pairs<T>::value, 1, kStreams>(w + t, k, x, 0, acc + t);
+      dot_tile<T, Pairs<T>::value, 1, kStreams, kAhead>(w + t, k, x, 0, acc + t);
     store(sums[0], reduce_each(acc));
   } else {
     constexpr int kColumns = W / R;
