@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 
 from llmops.testing._command import main
-from llmops.testing._core import assert_close
 
 # A package of someone else's: a right operator, and one wrong in each way that a check is for.
 TOY = """
@@ -134,14 +131,3 @@ def test_conform_is_a_command_of_llmops(capsys: pytest.CaptureFixture[str]) -> N
 
     assert llmops(["conform", "softmax", "--check", "gradients", "--sample", "causal"]) == 0
     assert "softmax: conforms" in capsys.readouterr().out
-
-
-def test_conform_rows_below_the_normal_numbers() -> None:
-    """Two steps of fp16 there, and none where the row is zero."""
-    oracle = torch.tensor([[3e-5, 1e-5], [0.0, 0.0]], dtype=torch.float64)
-    exact = oracle.half().double()
-    for row, steps, right in ((0, 1, True), (0, 3, False), (1, 1, False)):
-        got = oracle.half()
-        got[row, 1] += steps * 2.0**-24
-        with nullcontext() if right else pytest.raises(AssertionError, match="error"):
-            assert_close(got, exact, exact.half(), factor=2.0, what="x")

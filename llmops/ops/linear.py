@@ -51,7 +51,8 @@ def linear(
         raw = (_few_rows_raw if few else _many_rows_raw)(x, weight, bias)
         if raw is not None:
             try:
-                return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
+                y: Tensor = raw(x, weight) if bias is None else raw(x, weight, bias)
+                return y
             except RuntimeError:
                 pass  # the checks below say what is wrong
     autocast = torch.get_autocast_dtype(x.device.type) if _autocast.enabled(x) else None
