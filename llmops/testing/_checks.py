@@ -19,6 +19,7 @@ from llmops.testing._core import (
     call,
     cast,
     expected,
+    gradient_floors,
     leaves,
     outputs,
 )
@@ -42,9 +43,10 @@ def gradients(spec: OpSpec, sample: Sample, target: Target) -> None:
     (_, oracle), (_, yardstick) = expected(spec, sample)
     inputs = leaves(sample.args, sample.kwargs)
     assert len(got) == len(oracle) == len(inputs), f"{spec.name}: a gradient is missing"
+    floors = gradient_floors(spec, sample)
     for i, (g, o, y, x) in enumerate(zip(got, oracle, yardstick, inputs, strict=True)):
         assert g.dtype == x.dtype, f"{spec.name} gradient {i}: dtype {g.dtype}, expected {x.dtype}"
-        assert_close(g, o, y, factor=3.0, what=f"{spec.name} gradient {i}")
+        assert_close(g, o, y, factor=3.0, what=f"{spec.name} gradient {i}", floor=floors[i])
 
 
 def _strided(x: Any, how: str) -> Any:
@@ -81,6 +83,7 @@ def any_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
     """The same values in any layout: the same results and gradients within tolerance. Memory beside
     the tensors is NaN, so a read out of bounds shows."""
     (oracle, oracle_grads), (yardstick, yardstick_grads) = expected(spec, sample)
+    floors = gradient_floors(spec, sample)
     for how in ("transposed", "gapped", "stepped"):
         args = tuple(_strided(a, how) for a in sample.args)
         kwargs = {k: _strided(v, how) for k, v in sample.kwargs.items()}
@@ -91,7 +94,8 @@ def any_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
             assert_close(g, o, y, factor=2.0, what=f"{spec.name} output {i}, {how}")
         grads = _gradients_in_place(moved, results)
         for i, (g, o, y) in enumerate(zip(grads, oracle_grads, yardstick_grads, strict=True)):
-            assert_close(g, o, y, factor=3.0, what=f"{spec.name} gradient {i}, {how}")
+            what = f"{spec.name} gradient {i}, {how}"
+            assert_close(g, o, y, factor=3.0, what=what, floor=floors[i])
 
 
 def _gradients_in_place(sample: Sample, results: list[Tensor]) -> list[Tensor]:

@@ -90,6 +90,8 @@ class OpSpec:
             checked on the first argument).
         lowers: True where autocast lowers the inputs though the result may be fp32, as of a loss
             whose logits are a 16-bit product: the result is then only as exact as those.
+        gradient_floor: gradient_floor(sample) is what the error of a saved result, within its own
+            rule, does to each gradient; added to what is allowed.
         skip: check name -> reason, for properties the operator does not have.
     """
 
@@ -102,6 +104,7 @@ class OpSpec:
     namespace: str = "llmops"
     rows: bool = False
     lowers: bool = False
+    gradient_floor: Callable[[Sample], list[Tensor]] | None = None
     skip: dict[str, str] = field(default_factory=dict)
 
 
@@ -238,6 +241,16 @@ def expected(spec: OpSpec, sample: Sample) -> tuple[Results, Results]:
     return found
 
 
+def gradient_floors(spec: OpSpec, sample: Sample) -> list[float | Tensor]:
+    """What `assert_close` adds for each gradient; computed once per sample, as above."""
+    if spec.gradient_floor is None:
+        return [0.0] * len(leaves(sample.args, sample.kwargs))
+    if "gradient floors" not in sample.memo:
+        sample.memo["gradient floors"] = spec.gradient_floor(sample)
+    found: list[float | Tensor] = sample.memo["gradient floors"]
+    return found
+
+
 def _cotangent(result: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(result.numel())
     # Rounded to bf16, so that every dtype gets the same values.
@@ -254,18 +267,20 @@ def assert_close(
     factor: float,
     what: str,
     eps: float | None = None,
-    floor: float = 0.0,
+    floor: float | Tensor = 0.0,
 ) -> None:
     """|got - oracle| <= factor * PyTorch's own error + floor, row by row (the last dimension).
 
     PyTorch's error in a row is its worst relative to the row's largest value over the whole tensor:
     in one row alone it may be nothing by luck. The floor's eps is that of got's dtype, or `eps`;
-    `floor` adds to it, for results that are the difference of larger numbers.
+    `floor` adds to it, of got's shape or one for all: for differences of larger numbers.
     """
     assert got.shape == oracle.shape, f"{what}: shape {got.shape}, expected {oracle.shape}"
     if got.numel() == 0:
         return
     eps = torch.finfo(got.dtype).eps if eps is None else eps
+    if isinstance(floor, Tensor):
+        floor = floor.reshape(*got.shape or (1,))
     g, o, y = (t.detach().double().cpu() for t in (got, oracle, yardstick))
     special = ~o.isfinite()
     same = (g == o) | (g.isnan() & o.isnan())

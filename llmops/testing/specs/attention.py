@@ -12,7 +12,7 @@ from torch import Tensor
 
 import llmops
 from llmops import reference
-from llmops.testing._core import Make, OpSpec, Sample
+from llmops.testing._core import Make, OpSpec, Sample, _cotangent, cast, leaves
 
 
 def _qkv(
@@ -356,6 +356,26 @@ def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def gradient_floor(sample: Sample) -> list[Tensor]:
+    """What the rounding of `out` does to the gradients, which take delta = dout . out from it.
+
+    dS = P (dout v^T - delta) is a difference, and a delta off by e moves it as an incoming gradient
+    of lse of that size does. e: half an eps of each of out's Dv values, adding up in delta as the
+    root of their squares. Where many queries see a key it averages away; where one does, it stays.
+    """
+    args = cast(sample.args, torch.float64)
+    kwargs = {k: cast(v, torch.float64) for k, v in sample.kwargs.items()}
+    out, lse = _reference(*args, **{**kwargs, "return_lse": True})
+    eps = torch.finfo(sample.args[0].dtype).eps
+    off = 0.5 * eps * (_cotangent(out) * out.detach()).norm(dim=-1)
+    wanted = leaves(args, kwargs)
+    if not wanted or not lse.requires_grad:  # no keys: no gradient
+        return [torch.zeros_like(w) for w in wanted]
+    grads = torch.autograd.grad(lse, wanted, off, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g.nan_to_num(0.0).abs()
+            for g, w in zip(grads, wanted, strict=True)]  # fmt: skip
+
+
 SPEC = OpSpec(
     name="attention",
     fn=_attention,
@@ -364,4 +384,5 @@ SPEC = OpSpec(
     samples=samples,
     schemas=schemas,
     rows=True,
+    gradient_floor=gradient_floor,
 )
