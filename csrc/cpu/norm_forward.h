@@ -171,12 +171,12 @@ LLMOPS_NOINLINE Sums gather(int64_t n, const X* x, const R* residual, Held<X, R>
 }
 
 template <bool kCenter, bool kFull, bool kStream, class V, class Y>
-LLMOPS_INLINE void normalize_at(const NormParams& p, const V* v, Vec k, Vec rstd, Vec z0, Y* y,
-                                int64_t i, int left) {
-  const Vec h = fetch<kFull>(v + i, left), w = fetch<kFull>(p.weight + i, left);
+LLMOPS_INLINE void normalize_at(const float* weight, const float* bias, const V* v, Vec k, Vec rstd,
+                                Vec z0, Y* y, int64_t i, int left) {
+  const Vec h = fetch<kFull>(v + i, left), w = fetch<kFull>(weight + i, left);
   Vec out;
   if constexpr (kCenter) {
-    out = fma(fma(h - k, rstd, z0), w, fetch<kFull>(p.bias + i, left));
+    out = fma(fma(h - k, rstd, z0), w, fetch<kFull>(bias + i, left));
   } else {
     out = h * rstd * w;
   }
@@ -187,16 +187,20 @@ template <bool kCenter, bool kStream, class V, class Y>
 LLMOPS_NOINLINE void normalize(const NormParams& p, const V* v, const RowStats& stats,
                                const Y* next, Y* y) {
   const Vec k = set1(stats.k), r = set1(stats.rstd), z0 = set1(-stats.shift * stats.rstd);
+  // Copies: a vector's store may alias what p points to, which would be loaded again after each.
+  const float *weight = p.weight, *bias = p.bias;
+  const int64_t n = p.n;
   int64_t i = 0;
-  for (; i + kBlock <= p.n; i += kBlock) {
+  for (; i + kBlock <= n; i += kBlock) {
     prefetch_block(next + i);
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
-      normalize_at<kCenter, true, kStream>(p, v, k, r, z0, y, i + j * W, W);
+      normalize_at<kCenter, true, kStream>(weight, bias, v, k, r, z0, y, i + j * W, W);
     }
   }
-  for (; i + W <= p.n; i += W) normalize_at<kCenter, true, kStream>(p, v, k, r, z0, y, i, W);
-  if (i < p.n)
-    normalize_at<kCenter, false, kStream>(p, v, k, r, z0, y, i, static_cast<int>(p.n - i));
+  for (; i + W <= n; i += W)
+    normalize_at<kCenter, true, kStream>(weight, bias, v, k, r, z0, y, i, W);
+  if (i < n)
+    normalize_at<kCenter, false, kStream>(weight, bias, v, k, r, z0, y, i, static_cast<int>(n - i));
 }
 
 template <bool kCenter, bool kStream, class V, class Y>
