@@ -94,6 +94,14 @@ class FloatRows {
   std::optional<Scratch> memory_;
 };
 
+void check_shape(const Tensor& t, const Tensor& x, int64_t dims, const char* name) {
+  const auto sizes = t.sizes(), all = x.sizes();
+  bool fits = static_cast<int64_t>(sizes.size()) == dims;
+  for (int64_t d = 0; fits && d < dims; ++d) fits = sizes[d] == all[all.size() - dims + d];
+  LLMOPS_CHECK(fits, name, ": weight and bias must have the shape of x's last ", dims,
+               " dimensions");
+}
+
 // weight or bias in fp32, with the offset: the tensor's own memory, or a row of `storage`.
 const float* widened(const std::optional<Tensor>& t, const Tensor& x, int64_t dims, int64_t n,
                      float offset, const char* name, FloatRows& storage, FloatRows::Which which) {
@@ -102,11 +110,7 @@ const float* widened(const std::optional<Tensor>& t, const Tensor& x, int64_t di
     for (int64_t i = 0; i < n; ++i) out[i] = offset;
     return out;
   }
-  const auto sizes = t->sizes(), all = x.sizes();
-  bool fits = static_cast<int64_t>(sizes.size()) == dims;
-  for (int64_t d = 0; fits && d < dims; ++d) fits = sizes[d] == all[all.size() - dims + d];
-  LLMOPS_CHECK(fits, name, ": weight and bias must have the shape of x's last ", dims,
-               " dimensions");
+  check_shape(*t, x, dims, name);
   const cpu::DType type = kernel_dtype(t->scalar_type(), name);
   const bool dense = t->is_contiguous();
   if (type == cpu::DType::f32 && offset == 0.0f && dense)
@@ -117,24 +121,42 @@ const float* widened(const std::optional<Tensor>& t, const Tensor& x, int64_t di
   return out;
 }
 
-// What a call needs to know of its rows, with the parameters in fp32.
+// What a call needs to know of its rows, with the parameters in fp32, or in the forward of a row or
+// two as they are: there, to widen them first would be another row's work.
 struct Setup {
   cpu::NormParams p{};
   FloatRows storage;
 
-  Setup(const char* name, const Tensor& x, const NormAffine& affine) {
+  Setup(const char* name, const Tensor& x, const NormAffine& affine, bool forward) {
     LLMOPS_CHECK(affine.dims >= 1 && affine.dims <= x.dim(), name, ": ", affine.dims,
                  " normalized dimensions do not fit an input of ", x.dim(), " dimensions");
     p.n = 1;
     for (int64_t d = x.dim() - affine.dims; d < x.dim(); ++d) p.n *= x.size(d);
     p.x_type = p.residual_type = p.h_type = kernel_dtype(x.scalar_type(), name);
     p.eps = static_cast<float>(affine.eps);
+    const bool centered = affine.centered;
+    if (forward && p.x_type != cpu::DType::f32 && affine.weight_offset == 0.0 &&
+        x.numel() <= 2 * p.n && readable(affine.weight, x) &&
+        (!centered || readable(affine.bias, x))) {
+      check_shape(*affine.weight, x, affine.dims, name);
+      p.narrow_weight = affine.weight->data_ptr();
+      if (centered) {
+        check_shape(*affine.bias, x, affine.dims, name);
+        p.narrow_bias = affine.bias->data_ptr();
+      }
+      return;
+    }
     const float offset =
         affine.weight.has_value() ? static_cast<float>(affine.weight_offset) : 1.0f;
     p.weight =
         widened(affine.weight, x, affine.dims, p.n, offset, name, storage, FloatRows::kWeight);
-    if (affine.centered)
+    if (centered)
       p.bias = widened(affine.bias, x, affine.dims, p.n, 0.0f, name, storage, FloatRows::kBias);
+  }
+
+ private:
+  static bool readable(const std::optional<Tensor>& t, const Tensor& x) {
+    return t.has_value() && t->scalar_type() == x.scalar_type() && t->is_contiguous();
   }
 };
 
@@ -143,7 +165,7 @@ struct Setup {
 std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor& x_in,
                                         const std::optional<Tensor>& residual_in,
                                         const NormAffine& affine) {
-  Setup setup(kernels.name, x_in, affine);
+  Setup setup(kernels.name, x_in, affine, true);
   cpu::NormParams& p = setup.p;
   const Rows x(x_in, affine.dims);
   const Tensor y = new_output_like(x_in, x_in.scalar_type());
@@ -196,7 +218,7 @@ std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor
 NormGradients norm_backward(const NormKernels& kernels, const Tensor& dy_in, const Tensor& h_in,
                             const std::optional<Tensor>& dh_in, const NormAffine& affine,
                             bool need_h, bool need_x, bool need_params) {
-  Setup setup(kernels.name, h_in, affine);
+  Setup setup(kernels.name, h_in, affine, false);
   cpu::NormParams& p = setup.p;
   const std::vector<int64_t> shape = shape_of(h_in);
   const ScalarType x_type = dy_in.scalar_type(), h_type = h_in.scalar_type();

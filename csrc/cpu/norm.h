@@ -16,7 +16,9 @@ struct NormParams {
   float eps;
   const float* weight;  // [n], fp32, offset included; ones when there is none
   const float* bias;    // [n], fp32; zeros when there is none; null for rms_norm
-  bool stream;          // outputs go past the caches
+  // Both in x_type instead, in a forward whose x_type has 16 bits; else null.
+  const void *narrow_weight, *narrow_bias;
+  bool stream;  // outputs go past the caches
 };
 
 // `count` rows, each dense, consecutive ones `_step` bytes apart.

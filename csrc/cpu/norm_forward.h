@@ -116,8 +116,12 @@ LLMOPS_INLINE Vec sum_at(const X* x, const R* residual, int64_t i, int left) {
 }
 template <class X, class R>
 LLMOPS_INLINE float first_mean(const X* x, const R* residual, int64_t n) {
-  const int count = n < kFirst ? static_cast<int>(n) : kFirst;
   Vec sum = zero();
+  if (n >= kFirst) {
+    LLMOPS_UNROLL for (int i = 0; i < kFirst; i += W) sum = sum + sum_at<true>(x, residual, i, W);
+    return reduce_add(sum) * (1.0f / kFirst);
+  }
+  const int count = static_cast<int>(n);
   LLMOPS_UNROLL for (int i = 0; i < kFirst; i += W) {
     if (i < count) sum = sum + sum_at<false>(x, residual, i, count - i);
   }
@@ -170,9 +174,9 @@ LLMOPS_NOINLINE Sums gather(int64_t n, const X* x, const R* residual, Held<X, R>
   return {k, kCenter ? combine(s) : 0.0f, combine(q)};
 }
 
-template <bool kCenter, bool kFull, bool kStream, class V, class Y>
-LLMOPS_INLINE void normalize_at(const float* weight, const float* bias, const V* v, Vec k, Vec rstd,
-                                Vec z0, Y* y, int64_t i, int left) {
+template <bool kCenter, bool kFull, bool kStream, class V, class Y, class P>
+LLMOPS_INLINE void normalize_at(const P* weight, const P* bias, const V* v, Vec k, Vec rstd, Vec z0,
+                                Y* y, int64_t i, int left) {
   const Vec h = fetch<kFull>(v + i, left), w = fetch<kFull>(weight + i, left);
   Vec out;
   if constexpr (kCenter) {
@@ -183,13 +187,12 @@ LLMOPS_INLINE void normalize_at(const float* weight, const float* bias, const V*
   put<kFull, kStream>(y + i, out, left);
 }
 
-template <bool kCenter, bool kStream, class V, class Y>
-LLMOPS_NOINLINE void normalize(const NormParams& p, const V* v, const RowStats& stats,
-                               const Y* next, Y* y) {
+// weight and bias apart from p: a vector's store may alias what p points to, and these would be
+// loaded again after each.
+template <bool kCenter, bool kStream, class V, class Y, class P>
+LLMOPS_NOINLINE void normalize(int64_t n, const P* weight, const P* bias, const V* v,
+                               const RowStats& stats, const Y* next, Y* y) {
   const Vec k = set1(stats.k), r = set1(stats.rstd), z0 = set1(-stats.shift * stats.rstd);
-  // Copies: a vector's store may alias what p points to, which would be loaded again after each.
-  const float *weight = p.weight, *bias = p.bias;
-  const int64_t n = p.n;
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
     prefetch_block(next + i);
@@ -207,7 +210,15 @@ template <bool kCenter, bool kStream, class V, class Y>
 LLMOPS_INLINE void finish_row(const NormParams& p, Sums sums, const V* v, const Y* next, Y* y) {
   if (kCenter && imprecise(sums, p.n))
     sums = sums_around(v, p.n, sums.k + sums.d / static_cast<float>(p.n));
-  normalize<kCenter, kStream>(p, v, finish_stats<kCenter>(sums, p.n, p.eps), next, y);
+  const RowStats stats = finish_stats<kCenter>(sums, p.n, p.eps);
+  if constexpr (sizeof(Y) == 2) {
+    if (p.narrow_weight) {
+      normalize<kCenter, kStream>(p.n, static_cast<const Y*>(p.narrow_weight),
+                                  static_cast<const Y*>(p.narrow_bias), v, stats, next, y);
+      return;
+    }
+  }
+  normalize<kCenter, kStream>(p.n, p.weight, p.bias, v, stats, next, y);
 }
 
 template <bool kCenter, bool kStream, class X, class R>
