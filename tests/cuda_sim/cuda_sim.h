@@ -26,10 +26,19 @@
 #define gridDim (cuda_sim::grid_size)
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorLaunchOutOfResources = 701,
+};
 // The last error, and forgets it.
 inline cudaError_t cudaGetLastError() {
   return static_cast<cudaError_t>(cuda_sim::exchange_error(cudaSuccess));
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue           ? "invalid argument"
+         : error == cudaErrorLaunchOutOfResources ? "too many resources requested for launch"
+                                                  : "unrecognized error code";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };

@@ -5,6 +5,7 @@
 
 #include "../common.h"
 #include "../schemas.h"
+#include "cuda/launch.h"
 #include "cuda/rows.h"
 
 #if defined(LLMOPS_CUDA_SIM)
@@ -49,7 +50,8 @@ class Launcher {
   void* stream() const { return stream_; }
   // What a launcher of csrc/cuda returned.
   void check(int status) const {
-    LLMOPS_CHECK(status == 0, name_, ": the CUDA launch failed with error ", status);
+    LLMOPS_CHECK(status == 0, name_, ": the CUDA launch failed: ", cuda::launch_error(status),
+                 " (error ", status, ")");
   }
   // The address of a tensor that a kernel is given.
   void* data(const Tensor& t);
