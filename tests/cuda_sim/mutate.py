@@ -5,7 +5,8 @@ __syncwarp and cp_async_wait of csrc/cuda in turn, and prints who noticed.
     python tests/cuda_sim/mutate.py --part head/4   one of four, by the commit (tests/rotation.py)
     python tests/cuda_sim/mutate.py --no-tsan       by results and faults alone, in half the time
     python tests/cuda_sim/mutate.py --sanitize      nothing removed: AddressSanitizer and
-                                                    ThreadSanitizer must find nothing
+                                                    ThreadSanitizer must find nothing, and the
+                                                    first a write past a block put in for it
 
 A mutation is compiled into the first source that includes its file (where that notices nothing,
 into the next), and the calls of driver.cpp run under SEEDS schedules: bits that differ from the
@@ -40,9 +41,14 @@ class Mutation(NamedTuple):
     start: int
     end: int
     what: str
+    instead: str = "(void)0"
 
     def __str__(self) -> str:
         return f"{self.file.name}:{self.line} {self.what}"
+
+
+# What ThreadSanitizer must find is a barrier removed; this is for AddressSanitizer.
+PAST_THE_END = "{{ {wait}; volatile char* block = new char[8]; block[8] = 0; delete[] block; }}"
 
 
 def mutations() -> list[Mutation]:
@@ -79,7 +85,7 @@ def compile_changed(folder: Path, source: Path, mutation: Mutation | None, sanit
     if mutation is None:
         return build.compiled(source, flags)
     text = mutation.file.read_text()
-    text = text[: mutation.start] + "(void)0" + text[mutation.end :]
+    text = text[: mutation.start] + mutation.instead + text[mutation.end :]
     # Beside all headers of its folder, so that those find the changed one, too.
     for file in (source, *source.parent.glob("*.h")):
         (folder / file.name).write_text(text if file == mutation.file else file.read_text())
@@ -119,6 +125,8 @@ def sanitize(part: rotation.Part | None) -> int:
     failures = 0
     for sanitizer in SANITIZERS:
         for source in build.kernels():
+            if "__global__" not in source.read_text():
+                continue
             if part is not None and not part.holds(f"{sanitizer} {source.stem}", None, None, True):
                 continue
             with tempfile.TemporaryDirectory() as name:
@@ -131,7 +139,23 @@ def sanitize(part: rotation.Part | None) -> int:
             print(f"{sanitizer} {source.name}: {'FAILED' if bad else 'nothing found'}", flush=True)
             if bad:
                 print(printed, report[:4000])
-    return failures
+    return failures + (not past_the_end_noticed())
+
+
+def past_the_end_noticed() -> bool:
+    """Whether AddressSanitizer sees what a kernel does, on a thread's own stack."""
+    wait = next(m for m in mutations() if m.what == "__syncthreads()")
+    source = users(wait.file)[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wrong = wait._replace(instead=PAST_THE_END.format(wait=wait.what))
+        made = compile_changed(folder, source, wrong, "asan")
+        report = drive(program(folder, source, made, "asan"), 1, source.stem)[1]
+    noticed = "heap-buffer-overflow" in report
+    print(
+        f"asan write past a block at {wait}: {'noticed' if noticed else 'NOT NOTICED'}", flush=True
+    )
+    return noticed
 
 
 def main() -> int:
