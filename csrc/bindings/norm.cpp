@@ -132,12 +132,13 @@ struct Setup {
                  " normalized dimensions do not fit an input of ", x.dim(), " dimensions");
     p.n = 1;
     for (int64_t d = x.dim() - affine.dims; d < x.dim(); ++d) p.n *= x.size(d);
-    p.x_type = p.residual_type = p.h_type = kernel_dtype(x.scalar_type(), name);
+    const ScalarType type = x.scalar_type();
+    p.x_type = p.residual_type = p.h_type = kernel_dtype(type, name);
     p.eps = static_cast<float>(affine.eps);
     const bool centered = affine.centered;
     if (forward && p.x_type != cpu::DType::f32 && affine.weight_offset == 0.0 &&
-        x.numel() <= 2 * p.n && readable(affine.weight, x) &&
-        (!centered || readable(affine.bias, x))) {
+        x.numel() <= 2 * p.n && readable(affine.weight, type) &&
+        (!centered || readable(affine.bias, type))) {
       check_shape(*affine.weight, x, affine.dims, name);
       p.narrow_weight = affine.weight->data_ptr();
       if (centered) {
@@ -155,8 +156,8 @@ struct Setup {
   }
 
  private:
-  static bool readable(const std::optional<Tensor>& t, const Tensor& x) {
-    return t.has_value() && t->scalar_type() == x.scalar_type() && t->is_contiguous();
+  static bool readable(const std::optional<Tensor>& t, ScalarType type) {
+    return t.has_value() && t->scalar_type() == type && t->is_contiguous();
   }
 };
 
