@@ -110,6 +110,21 @@ def _repair_arithmetic() -> None:
     Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
+def _repair_scalars() -> None:
+    """A float argument is fp32, as in a compiled launch. As it comes it stays Python's, which an
+    operation takes for fp64 where fp32 has no normal number of its size."""
+    stock = interpreter._implicit_cvt
+
+    def convert(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return stock(argument)
+        with np.errstate(over="ignore"):
+            data = np.array([argument], np.float32)
+        return tl.core.tensor(Handle(data, tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = convert
+
+
 def _repair_sums() -> None:
     """tl.sum and the scans of bf16 add bit patterns; compiled kernels upcast before they sum."""
 
@@ -251,6 +266,7 @@ def _check_integers() -> None:
 
 
 _repair_arithmetic()
+_repair_scalars()
 _check_integers()
 _repair_sums()
 _check_memory()

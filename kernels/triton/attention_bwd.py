@@ -34,6 +34,7 @@ from llmops.kernels.triton._attention_tile import (
     BOOL_MASK,
     DROPOUT,
     GENERAL,
+    LEFT,
     LOG2E,
     NATURAL,
     block_range,
@@ -71,6 +72,8 @@ def attention_bwd_dkdv_kernel(
     k_rows, v_rows = k + b * k_b + g * k_h + row * k_t, v + b * v_b + g * v_h + row * v_t
     low, full_low, full_high, high = query_range(first, BLOCK_N, queries, keys, left, right, FORM)
     seen = inside & (low < high)
+    if LEFT & FORM:  # a key before the first query's window is not read: 0 * NaN is NaN
+        seen = seen & (n >= keys - queries - left)[:, None]
     k_tile = rows_of(k_rows, seen, 0, DIM, BLOCK_D, True)
     v_tile = rows_of(v_rows, seen, 0, DIM_V, BLOCK_DV, True)
     factor = scale
