@@ -109,6 +109,23 @@ def test_cuda_attention_bwd_reads_no_tile_that_nothing_sees(sim: Any) -> None:
     assert not bool(got[1][:, :, :230].any()) and bool(got[1][:, :, 230].any())
 
 
+def test_cuda_attention_bwd_reads_no_key_before_every_window(sim: Any) -> None:
+    """Such keys are NaN, some of them in the tile of the first one that is seen."""
+    q, k, v, grad_out, grad_lse = _tensors((1, 2, 1, 64, 300, 64, 64), torch.bfloat16)
+    dirty = [t.clone() for t in (k, v)]
+    for t in dirty:
+        t[:, :, :136] = math.nan  # the first query is at key 236
+    found = []
+    for keys in ((k, v), dirty):
+        results = torch.ops.llmops_cuda_sim.attention_fwd(
+            q, *keys, mask=None, causal=True, scale=0.125, window_left=100
+        )
+        tensors = (q, *keys, grad_out, grad_lse)
+        found.append(_backward(tensors, results, causal=True, window_left=100))
+    for clean, other in zip(*found, strict=True):
+        assert torch.equal(clean, other)
+
+
 def test_cuda_attention_bwd_of_rows_that_a_mask_leaves_nothing(sim: Any) -> None:
     """They have no gradient and give none, whatever their q and the gradient of their out hold."""
     q, k, v, grad_out, grad_lse = _tensors((1, 2, 1, 70, 50, 48, 48), torch.float16)

@@ -76,12 +76,16 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, 1)
 
   float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
   if (tiles > 0) {
+    // Nor is a key read that no query sees.
+    const auto seen = [&](int r) {
+      return first + r < p.keys && limits.any(0, static_cast<int>(p.queries), first + r, 1);
+    };
     const T* from = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
-    load_tile<S::kThreads>(k, from + first * p.k_stride[2], p.k_stride[2], p.keys - first,
-                           static_cast<int>(p.dim), b.wide_k, threadIdx.x);
+    load_tile_where<S::kThreads>(k, from + first * p.k_stride[2], p.k_stride[2], seen,
+                                 static_cast<int>(p.dim), b.wide_k, threadIdx.x);
     from = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
-    load_tile<S::kThreads>(v, from + first * p.v_stride[2], p.v_stride[2], p.keys - first,
-                           static_cast<int>(p.dim_v), b.wide_v, threadIdx.x);
+    load_tile_where<S::kThreads>(v, from + first * p.v_stride[2], p.v_stride[2], seen,
+                                 static_cast<int>(p.dim_v), b.wide_v, threadIdx.x);
     fetch(0, 0, span.begin);
   }
   int stage = 0;
