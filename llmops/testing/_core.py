@@ -280,7 +280,7 @@ def assert_close(
         return
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     if isinstance(floor, Tensor):
-        floor = floor.reshape(*got.shape or (1,))
+        floor = floor.cpu().reshape(*got.shape or (1,))
     g, o, y = (t.detach().double().cpu() for t in (got, oracle, yardstick))
     special = ~o.isfinite()
     same = (g == o) | (g.isnan() & o.isnan())
