@@ -43,7 +43,7 @@ def gradients(spec: OpSpec, sample: Sample, target: Target) -> None:
     (_, oracle), (_, yardstick) = expected(spec, sample)
     inputs = leaves(sample.args, sample.kwargs)
     assert len(got) == len(oracle) == len(inputs), f"{spec.name}: a gradient is missing"
-    floors = gradient_floors(spec, sample)
+    floors = gradient_floors(spec, sample, target)
     for i, (g, o, y, x) in enumerate(zip(got, oracle, yardstick, inputs, strict=True)):
         assert g.dtype == x.dtype, f"{spec.name} gradient {i}: dtype {g.dtype}, expected {x.dtype}"
         assert_close(g, o, y, factor=3.0, what=f"{spec.name} gradient {i}", floor=floors[i])
@@ -83,7 +83,7 @@ def any_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
     """The same values in any layout: the same results and gradients within tolerance. Memory beside
     the tensors is NaN, so a read out of bounds shows."""
     (oracle, oracle_grads), (yardstick, yardstick_grads) = expected(spec, sample)
-    floors = gradient_floors(spec, sample)
+    floors = gradient_floors(spec, sample, target)
     for how in ("transposed", "gapped", "stepped"):
         args = tuple(_strided(a, how) for a in sample.args)
         kwargs = {k: _strided(v, how) for k, v in sample.kwargs.items()}

@@ -293,7 +293,7 @@ def far_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
         assert_close(g, o, y, factor=2.0, what=f"{spec.name} output {i}, rows far apart")
     with target.active():  # incoming gradients far apart as well
         grads = _grads(results, leaves(args, kwargs), [far(_cotangent(r)) for r in results])
-    floors = gradient_floors(spec, sample)
+    floors = gradient_floors(spec, sample, target)
     for i, (g, o, y) in enumerate(zip(grads, oracle_grads, yardstick_grads, strict=True)):
         what = f"{spec.name} gradient {i}, rows far apart"
         assert_close(g, o, y, factor=3.0, what=what, floor=floors[i])

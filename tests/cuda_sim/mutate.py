@@ -125,7 +125,7 @@ def sanitize(part: rotation.Part | None) -> int:
     failures = 0
     for sanitizer in SANITIZERS:
         for source in build.kernels():
-            if "__global__" not in source.read_text():
+            if "__global__" not in source.read_text():  # the driver has no calls of it
                 continue
             if part is not None and not part.holds(f"{sanitizer} {source.stem}", None, None, True):
                 continue

@@ -357,7 +357,7 @@ def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
 
 
 def gradient_floor(sample: Sample) -> list[Tensor]:
-    """What the rounding of `out` does to the gradients, which take delta = dout . out from it.
+    """What the rounding of `out`, and of P before it, does to gradients by delta = dout . out.
 
     dS = P (dout v^T - delta) is a difference, and a delta off by e moves it as an incoming gradient
     of lse of that size does. e: half an eps of each of out's Dv values, adding up in delta as the
