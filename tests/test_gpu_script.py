@@ -147,7 +147,7 @@ def test_gpu_tests_go_on_after_a_crash(
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     file = tmp_path / "test_fake.py"
     file.write_text(TESTS)
-    command = gpu.partial(gpu.test_command, file, only="")
+    command = gpu.partial(gpu.test_command, [file], only="")
     tests = stage(gpu, gpu.Unit("test_fake", command, 60.0, gpu.read_tests))
     found = gpu.work([tests], 1.0, tmp_path)["stages"]["fake"]["units"]["test_fake"]
     assert found["counts"] == {"passed": 3, "failed": 1, "crashed": 1}
@@ -211,8 +211,9 @@ def test_gpu_stages_exist(gpu: Any) -> None:
     from llmops.bench import cases
 
     tests = [u.name for u in gpu.test_units()]
-    assert {"test_softmax", "test_attention bf16", "test_attention_varlen fp16"} <= set(tests)
-    assert tests[0] == "test_device" and len(tests) == len(set(tests))
+    wanted = {"test_softmax", "test_attention bf16 and gradients", "test_attention_varlen"}
+    assert wanted | {"test_device compiles", "kit far_strides"} <= set(tests)
+    assert tests[0] == "test_device not compiles" and len(tests) == len(set(tests))
     names = [u.name for u in gpu.bench_units()]
     assert set(cases.names()) <= set(names) and "attention torch.compile" in names
     with pytest.raises(SystemExit):

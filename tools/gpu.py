@@ -127,34 +127,48 @@ def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
     return "failed" if record["in_vain"] > 2 or not (fresh or status is None) else "cut"
 
 
-def test_command(file: Path, record: dict[str, Any], only: str) -> list[str]:
+def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[str]:
     wanted = f"(triton or cuda) and {only}" if only else "triton or cuda"
     if importlib.util.find_spec("expecttest") is None:  # torch's opcheck is made with it
         wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
-    seen = gpu_run.STATE / f"{file.stem}{only}.seen"
+    seen = gpu_run.STATE / f"{files[0].stem} {only}.seen".replace(" ", "-")
     seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
     options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
-    return [python(), "-m", "pytest", *options, str(file.relative_to(gpu_run.ROOT))]
+    names = [str(file.relative_to(gpu_run.ROOT)) for file in files]
+    return [python(), "-m", "pytest", *options, *names]
 
 
-# Of the tests of attention, whose kernels are many and slow to compile: a unit of each of these.
-PARTS = ("bf16", "fp32", "fp16", "not (bf16 or fp32 or fp16)")
+# Rows 2^31 elements apart are tens of GiB on a GPU: one process has all of these, after another.
+FAR, NEAR = "far_strides", "not far_strides"
+# Units of the files whose tests take longest: attention's kernels are many and slow to compile,
+# and so is what torch.compile makes of every op.
+CHECKS = ("matches_reference", "gradients", f"not (matches_reference or gradients) and {NEAR}")
+PARTS = {
+    "test_attention": [f"{d} and {c}" for c in CHECKS for d in ("bf16", "fp32", "fp16")]
+    + ["not (bf16 or fp32 or fp16)"],
+    "test_device": ["not compiles", "compiles"],
+}
 
 
 def test_units() -> list[Unit]:
     """Graphs, streams and compile of every op; then the files that take in the conformance kit."""
-    files = [f for f in (gpu_run.ROOT / "tests").glob("test_*.py") if "suite(" in f.read_text()]
-    files.sort(key=lambda f: f.name)
-    wanted = [(gpu_run.ROOT / "tests" / "test_device.py", "")]
-    for dtype in PARTS:  # bf16's attention begins early, for it takes longest
-        wanted += [(f, dtype) for f in files if f.stem.startswith("test_attention")]
-        if dtype == PARTS[0]:
-            wanted += [(f, "") for f in files if not f.stem.startswith("test_attention")]
-    return [
-        Unit(f"{f.stem} {only}".strip(), partial(test_command, f, only=only), 120, read_tests)
-        for f, only in wanted
-    ]
+    from llmops.backends import triton
+
+    tests = gpu_run.ROOT / "tests"
+    texts = {f: f.read_text() for f in sorted(tests.glob("test_*.py"))}
+    served = triton.PASSES.keys() - {"scaled_dot_product_attention"}  # it calls attention
+    kit = [f for f in texts if "suite(" in texts[f] and f.stem[5:] in served]
+    files = [tests / "test_device.py", tests / "test_attention.py", *kit]
+    files += [f for f in texts if 'targets("' in texts[f] and "suite(" not in texts[f]]
+    wanted = [([f], only) for f in dict.fromkeys(files) for only in PARTS.get(f.stem, [NEAR])]
+    wanted.insert(1, (kit, FAR))
+    units = []
+    for chosen, only in wanted:
+        name = ("kit" if len(chosen) > 1 else chosen[0].stem) + f" {only}" * (only != NEAR)
+        command = partial(test_command, chosen, only=only)
+        units.append(Unit(name, command, 120, read_tests, {"OMP_NUM_THREADS": "1"}))
+    return units
 
 
 # ---- bench ---------------------------------------------------------------------------------------
@@ -185,7 +199,7 @@ def bench_units() -> list[Unit]:
     groups = [x for group in ("sdpa", "backends", "peers") for x in ("--with", group)]
     compiled = ["--quick", "--with", "compile"]
     kinds = (("", groups, 60), (" torch.compile", compiled, 75))
-    first = ("overhead", "attention", "rms_norm", "softmax", "cross_entropy", "attention_kvcache")
+    first = ("overhead", "attention_grid", "bandwidth", "attention", "attention_kvcache")
     names = [*first, *(name for name in cases.names() if name not in first)]
     return [
         Unit(op + kind, partial(bench_command, [op, *options]), seconds, read_bench)
@@ -217,7 +231,7 @@ def summary(names: Iterable[str]) -> dict[str, Any]:
 
 STAGES = (
     Stage("install", 5.0, install_units),
-    Stage("correctness", 4.0, test_units, workers=max(1, min(8, (os.cpu_count() or 1) // 2))),
+    Stage("correctness", 4.0, test_units, workers=max(1, min(14, (os.cpu_count() or 1) - 2))),
     Stage("bench", 5.0, bench_units),
     Stage("sanitize", 9.0, lambda: list(gpu_sanitize.units(python()))),
 )

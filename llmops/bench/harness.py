@@ -119,8 +119,11 @@ def _pass(passes: str, function: Callable[..., Any], inputs: tuple[Any, ...]) ->
         return [r for r in flat(function(*inputs)) if r.requires_grad]
 
     def gradients_for(results: list[Tensor]) -> list[Tensor]:
-        generator = torch.Generator("cpu").manual_seed(1)
-        drawn = (torch.randn(r.shape, generator=generator, device="cpu") for r in results)
+        if not results:
+            return []
+        device = results[0].device  # where they are: a large one takes a CPU seconds
+        generator = torch.Generator(device).manual_seed(1)
+        drawn = (torch.randn(r.shape, generator=generator, device=device) for r in results)
         return [grad.to(r) for grad, r in zip(drawn, results, strict=True)]
 
     # Both by the first call: to make a case costs no more than its inputs.

@@ -1,6 +1,7 @@
 """The cases of each op, one same-named module with `cases(quick)` each; beside them overhead (per
-call), scaling (over rows), attention_grid (flash-attention's), model (whole models; model_long:
-larger ones, where it is named) and patched (transformers' models, patched and not)."""
+call), scaling (over rows), attention_grid (flash-attention's), model (whole models) and patched
+(transformers' models, patched and not). Where they are named, model_long (larger ones) and
+bandwidth (row ops at a GPU's sizes)."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from llmops.bench.harness import Case
 DTYPES = ("float32", "bfloat16", "float16")
 # Cheap and telling ones first: a run that is cut short by its time has these.
 LAST = ("model", "patched", "linear_cross_entropy", "attention_grid")
-# Minutes per row: not part of a run that names nothing.
-ONLY_NAMED = ("model_long",)
+# Not part of a run that names nothing: minutes per row, or for a GPU.
+ONLY_NAMED = ("model_long", "bandwidth")
 
 
 def names() -> list[str]:

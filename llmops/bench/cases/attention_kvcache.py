@@ -21,12 +21,15 @@ DECODE = (
     ("SmolLM2", (512, 30, 200, 100), 9, 3, 64),
     ("Llama 3 8B", (4096, 1000, 300, 2500), 32, 8, 128),
 )
+# On a GPU: a server's batch.
+BATCH = ("Llama 3 8B", (4096,) * 32, 32, 8, 128)
 PAGE = 16
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for model, lengths, h, hkv, d in DECODE[:1] if quick else DECODE:
+        gpu = torch.get_default_device().type == "cuda"
+        for model, lengths, h, hkv, d in DECODE[:1] if quick else DECODE + (BATCH,) * gpu:
             batch, longest = len(lengths), -(-max(lengths) // PAGE) * PAGE
             ends, width = torch.tensor(lengths), longest // PAGE
             q = torch.randn(batch, h, 1, d).to(dtype)
@@ -63,7 +66,8 @@ def cases(quick: bool) -> Iterator[Case]:
             ) -> Any:
                 return llmops.attention_kvcache(q, pages[0], pages[1], ends, block_table=table)
 
-            shape = f"decode {'+'.join(map(str, lengths))} x{h}/{hkv}x{d}"
+            each = f"{batch}*{longest}" if len(set(lengths)) == 1 else "+".join(map(str, lengths))
+            shape = f"decode {each} x{h}/{hkv}x{d}"
             moved = 2 * sum(lengths) * hkv * d * q.element_size()
             for name, ours, theirs in (
                 (shape, contiguous, masked),

@@ -22,6 +22,7 @@ SHAPES = (
     ("Gemma 2 2B", 1, 8, 4, 512, 256),
     ("Llama 3 8B", 1, 32, 8, 1, 128),
 )
+ON_GPU = (("Llama 3 8B", 8, 32, 8, 4096, 128),)  # beyond its cache
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def _eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for model, b, hq, hk, t, d in SHAPES[:1] if quick else SHAPES:
+        gpu = torch.get_default_device().type == "cuda"
+        for model, b, hq, hk, t, d in SHAPES[:1] if quick else SHAPES + ON_GPU * gpu:
             # As a projection leaves them: [B, T, H, D] in memory.
             q, k = (torch.randn(b, t, h, d).to(dtype).transpose(1, 2) for h in (hq, hk))
             cos, sin = llmops.rope_tables(t, d)
