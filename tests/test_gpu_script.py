@@ -77,6 +77,15 @@ def test_gpu_stops_at_its_time_and_goes_on(gpu: Any, tmp_path: Path) -> None:
     assert found["state"] == "failed", "a unit that hung is no success"
 
 
+def test_gpu_runs_chosen_units(gpu: Any, tmp_path: Path) -> None:
+    """The others stay as they are, and the stage is not done."""
+    units = [unit(gpu, name, "pass") for name in ("softmax", "rope", "rope_qk")]
+    gpu.work([stage(gpu, *units)], 1.0, tmp_path, only="rope")
+    found = gpu.work([stage(gpu, *units)], 1.0, tmp_path, only="rope$")["stages"]["fake"]
+    assert [u["state"] for u in found["units"].values()] == ["pending", "passed", "passed"]
+    assert found["state"] == "unfinished"
+
+
 def test_gpu_runs_units_at_a_time(gpu: Any, tmp_path: Path) -> None:
     """Two that wait for each other's file end; the output of each is its own."""
     code = """
@@ -134,6 +143,9 @@ def test_bad(case):
 @pytest.mark.parametrize("case", ["cuda-crash"])
 def test_crash(case):
     os.abort()
+@pytest.mark.parametrize("case", ["cuda-stays"])
+def test_stays(case):
+    raise RuntimeError("CUDA error: misaligned address\\nand more")
 @pytest.mark.parametrize("case", ["triton-last"])
 def test_last(case):
     pass
@@ -148,11 +160,14 @@ def test_gpu_tests_go_on_after_a_crash(
     file = tmp_path / "test_fake.py"
     file.write_text(TESTS)
     command = gpu.partial(gpu.test_command, [file], only="")
-    tests = stage(gpu, gpu.Unit("test_fake", command, 60.0, gpu.read_tests))
+    tests = stage(gpu, gpu.Unit("test_fake", command, 60.0, gpu.read_tests, gpu.ENVIRONMENT))
     found = gpu.work([tests], 1.0, tmp_path)["stages"]["fake"]["units"]["test_fake"]
-    assert found["counts"] == {"passed": 3, "failed": 1, "crashed": 1}
-    names = [x.split("::")[1] for x in found["failures"]]
-    assert names == ["test_bad[triton-bad]", "test_crash[cuda-crash]"]
+    assert found["counts"] == {"passed": 3, "failed": 2, "crashed": 1}
+    assert [x.split("::")[1] for x in found["failures"]] == [
+        "test_bad[triton-bad]: AssertionError: assert 'triton-bad' == ''",
+        "test_crash[cuda-crash]",
+        "test_stays[cuda-stays]: RuntimeError: CUDA error: misaligned address",
+    ]
     assert found["state"] == "failed"
     assert (tmp_path / "ran").read_text() == "triton-1\ntriton-2\n", "each once, devices only"
 

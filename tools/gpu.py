@@ -36,8 +36,9 @@ import gpu_run
 import gpu_sanitize
 from gpu_run import Stage, Unit, go, load, plain, save
 
-MAX_FAILURES = 10  # of one test process: after an illegal access every later test fails
+MAX_FAILURES = 10  # of one test process: its kernels may have left anything in memory
 VERDICT = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+REASON = re.compile(r"^REASON (\S+::.*?) :: (.*)$", re.MULTILINE)  # of gpu_report.py
 BEGUN = re.compile(r"^(\S+::(?:.*?\]|\w+))(?= |$)", re.MULTILINE)  # more may be on its line
 
 
@@ -106,7 +107,7 @@ def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
     record["continues"] = True
     seen, failures = record.setdefault("seen", []), record.setdefault("failures", [])
     counts = record.setdefault("counts", {})
-    fresh = dict(VERDICT.findall(text))
+    fresh, reasons = dict(VERDICT.findall(text)), dict(REASON.findall(text))
     running = [name for name in BEGUN.findall(text) if name not in fresh][-1:]
     if status is None:
         # Killed in the same test twice, and this time it had the whole limit: it hangs.
@@ -118,7 +119,7 @@ def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
     for name, verdict in fresh.items():
         counts[verdict.lower()] = counts.get(verdict.lower(), 0) + 1
         if verdict not in ("PASSED", "SKIPPED", "XFAIL"):
-            failures.append(f"{verdict} {name}")
+            failures.append(f"{verdict} {name}: {reasons.get(name, '')}".removesuffix(": "))
     seen += fresh
     if status in (0, 1, 5) and "stopping after" not in text:
         # No test at all is no success: then the GPU's backends were not there.
@@ -127,13 +128,18 @@ def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
     return "failed" if record["in_vain"] > 2 or not (fresh or status is None) else "cut"
 
 
+# One thread each: as many processes as cores run at a time. The plugin stands beside this file.
+TOOLS = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(TOOLS)}
+
+
 def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[str]:
     wanted = f"(triton or cuda) and {only}" if only else "triton or cuda"
     if importlib.util.find_spec("expecttest") is None:  # torch's opcheck is made with it
         wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
     seen = gpu_run.STATE / f"{files[0].stem} {only}.seen".replace(" ", "-")
     seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_report", "-k", wanted]
     options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
     names = [str(file.relative_to(gpu_run.ROOT)) for file in files]
     return [python(), "-m", "pytest", *options, *names]
@@ -167,7 +173,7 @@ def test_units() -> list[Unit]:
     for chosen, only in wanted:
         name = ("kit" if len(chosen) > 1 else chosen[0].stem) + f" {only}" * (only != NEAR)
         command = partial(test_command, chosen, only=only)
-        units.append(Unit(name, command, 120, read_tests, {"OMP_NUM_THREADS": "1"}))
+        units.append(Unit(name, command, 120, read_tests, ENVIRONMENT))
     return units
 
 
@@ -238,7 +244,9 @@ STAGES = (
 USUAL = "install,correctness,bench"
 
 
-def work(stages: Iterable[Stage], minutes: float, out: Path, keep: bool = False) -> dict[str, Any]:
+def work(
+    stages: Iterable[Stage], minutes: float, out: Path, keep: bool = False, only: str = ""
+) -> dict[str, Any]:
     """The stages in order, `minutes` in all, then the summary. Without an install nothing runs."""
     end = time.monotonic() + 60 * minutes
     stages = tuple(stages)
@@ -246,7 +254,8 @@ def work(stages: Iterable[Stage], minutes: float, out: Path, keep: bool = False)
         try:
             if stage.name == "install":
                 forget_missing_install()
-            record = go(stage, end, out, keep)
+            chosen = "" if stage.name == "install" else only
+            record = go(stage, end, out, keep, chosen)
         except Exception as error:  # the stages after it still have their say
             record = {**load(stage.name), "state": "failed", "error": repr(error)}
             save(stage.name, record, out)
@@ -266,6 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [s.name for s in STAGES]
     add("--stages", default=USUAL, help=f"some of {', '.join(names)} (default {USUAL})")
     add("--minutes", type=float, default=9.5, help="for all stages together (9.5)")
+    add("--units", default="", help="of tests and benchmarks, those with this regular expression")
     add("--fresh", action="store_true", help="forget what earlier calls found")
     add("--keep", action="store_true", help="go on although the sources changed since")
     add("--commit", action="store_true", help="also write benchmarks/results/<device>.json")
@@ -286,7 +296,11 @@ def main(arguments: list[str] | None = None) -> int:
     gpu_run.STATE.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(gpu_run.ROOT))
     found = work(
-        [s for s in STAGES if s.name in chosen], options.minutes, options.out, options.keep
+        [s for s in STAGES if s.name in chosen],
+        options.minutes,
+        options.out,
+        options.keep,
+        options.units,
     )
     if options.commit:
         from llmops.bench.machine import machine_class

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -99,8 +100,9 @@ def load(name: str) -> dict[str, Any]:
     return found
 
 
-def go(stage: Stage, end: float, out: Path, keep: bool = False) -> dict[str, Any]:
-    """Runs what the stage still lacks until its own time or `end` (time.monotonic) is up."""
+def go(stage: Stage, end: float, out: Path, keep: bool = False, only: str = "") -> dict[str, Any]:
+    """Runs what the stage still lacks until its own time or `end` (time.monotonic) is up; of its
+    units those in whose names `only`, a regular expression, is found."""
     record, here = load(stage.name), tree()
     end = min(end, time.monotonic() + 60 * stage.minutes)
     kept = {n: u for n, u in record["units"].items() if keep or u.get("tree") == here}
@@ -129,7 +131,7 @@ def go(stage: Stage, end: float, out: Path, keep: bool = False) -> dict[str, Any
                 print(f"{stage.name} {unit.name}: {own['state']}, {own['seconds']:g} s", flush=True)
 
     with ThreadPoolExecutor(stage.workers) as pool:
-        list(pool.map(work, units))
+        list(pool.map(work, [unit for unit in units if re.search(only, unit.name)]))
     states = [u["state"] for u in done.values()]
     if all(s in ENDED for s in states):
         record["state"] = "passed" if all(s == "passed" for s in states) else "failed"

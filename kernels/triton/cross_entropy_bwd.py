@@ -106,25 +106,30 @@ def cross_entropy_bwd_kernel(
             spread = c * tl.load(scales + 2)
         a += spread
         rest += spread - c * own
+    # What is one number per row is settled here and not per element: the factor of a row that is
+    # ignored, or has no such class, and what the target's column gets.
     scale = (a * (1.0 - low.to(tl.float64))).to(tl.float32)
+    scale = tl.where(kept, tl.where(valid, scale, float("nan")), 0.0)
     a = a.to(tl.float32)
     b = b.to(tl.float32)
-    c = c.to(tl.float32)
+    c = tl.where(valid, c.to(tl.float32), 0.0)
     rest = rest.to(tl.float32)
+    t = tl.where(valid, t, -1)
     inside = (row < rows) & (column < n)
     begin = begin_of(row, size_b, size_c, x_a, x_b, x_c)
     z = tl.load(x + begin + column * x_n, mask=inside & valid, other=0.0).to(tl.float32)
-    d = z - high
-    value = scale * tl.exp(d)
+    d = tl.sum(tl.where(column == t, z, 0.0), 1)[:, None] - high  # of the target, if it is here
+    at_target = scale * tl.exp(d) - b
+    value = scale * tl.exp(z - high)
     if SMOOTH:
+        at_target -= c * own.to(tl.float32)
         if weight is None:
             value -= c
         else:
             value -= c * tl.load(weight + column, mask=column < n, other=0.0)
     # a e - b - c w = a (e - 1) + rest: where the model is sure, e is 1 but for its rounding.
-    at_target = tl.where(d > -0.5, a * _expm1(d - low) + rest, value - b)
+    at_target = tl.where(d > -0.5, a * _expm1(d - low) + rest, at_target)
     value = tl.where(column == t, at_target, value)
-    value = tl.where(kept, tl.where(valid, value, float("nan")), 0.0)
     tl.store(dx + row * n + column, value.to(dx.dtype.element_ty), mask=inside)
 
 

@@ -25,7 +25,7 @@ class Make:
 
     def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
         self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(
         self,
@@ -35,15 +35,18 @@ class Make:
         grad: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale + shift
+        x = torch.randn(shape, dtype=torch.float64, **self._drawn()) * scale + shift
         return x.to(self.device, dtype or self.dtype).requires_grad_(grad)
 
+    def _drawn(self) -> dict[str, Any]:
+        """On the CPU, also where a GPU is the default device: the same numbers everywhere."""
+        return {"generator": self.generator, "device": "cpu"}
+
     def bools(self, *shape: int, keep: float = 0.7) -> Tensor:
-        return (torch.rand(shape, generator=self.generator) < keep).to(self.device)
+        return (torch.rand(shape, **self._drawn()) < keep).to(self.device)
 
     def ints(self, *shape: int, high: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        ints = torch.randint(high, shape, generator=self.generator, dtype=dtype)
-        return ints.to(self.device)
+        return torch.randint(high, shape, dtype=dtype, **self._drawn()).to(self.device)
 
 
 @dataclass
@@ -255,9 +258,9 @@ def gradient_floors(spec: OpSpec, sample: Sample, target: Target) -> list[float 
 
 
 def _cotangent(result: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(result.numel())
+    generator = torch.Generator("cpu").manual_seed(result.numel())
     # Rounded to bf16, so that every dtype gets the same values.
-    values = torch.randn(result.shape, generator=generator).bfloat16()
+    values = torch.randn(result.shape, generator=generator, device="cpu").bfloat16()
     # -inf results (the log-sum-exp of an empty row) carry no gradient.
     return values.to(result.device, result.dtype).masked_fill(result.detach().isinf(), 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmops
 from llmops import reference
@@ -247,7 +249,12 @@ def torch_attention(
     if q.shape[1] == 0:  # torch 2.11 divides by the number of heads, which ends the process
         out = q @ k.transpose(-1, -2) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa)
+        # On a GPU not by its fused kernels: masks that are constant along a row and head dimensions
+        # such as 37 end in misaligned accesses there (torch 2.11 on an H100).
+        with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa
+            )
     if k.shape[2] == 0:
         out = q.sum(-1, keepdim=True) * 0 + v.sum(2, keepdim=True) * 0
     if not return_lse:

@@ -1,0 +1,36 @@
+"""A pytest plugin for `make gpu`: says why a test failed as soon as it has, for its process may be
+killed before pytest's own summary; and ends the process where CUDA is in an error state, in which
+each later test would fail as well.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+# What torch says of an error that stays: an illegal access, a misaligned one, a failed assertion.
+STAYS = "CUDA error"
+ENDED = 3  # exit status
+
+
+class Report:
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @pytest.hookimpl(trylast=True)  # after the verdict
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if not report.failed:
+            return
+        lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        reason = lines[0][1:].strip() if lines else report.longreprtext.strip()[-200:]
+        writer = self.config.get_terminal_writer()
+        writer.line(f"\nREASON {report.nodeid} :: {reason[:300]}")
+        writer.flush()
+        if STAYS in report.longreprtext:
+            os._exit(ENDED)
+
+
+def pytest_configure(config: Any) -> None:
+    config.pluginmanager.register(Report(config))
