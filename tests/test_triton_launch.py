@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -153,3 +156,90 @@ def test_triton_attention_of_few_queries_divides_the_keys(recorded: list[Any]) -
     kernels(1, 8192)
     first = recorded[0]
     assert first.grid[0] == 64 and first.arguments["lengths"] is None
+
+
+# Triton's runtime with a driver that launches nothing: what it would have launched is kept.
+LAUNCHES = """
+import itertools, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+launched, loaded = [], itertools.count(1)
+
+class Launcher:
+    def __init__(self, src, metadata):
+        pass
+    def __call__(self, x, y, z, stream, function, metadata, _, enter, leave, *arguments):
+        launched.append((self, x, y, z, stream, function, metadata, arguments))
+
+class Utils:
+    def get_device_properties(self, device):
+        return dict(max_shared_mem=232448, multiprocessor_count=132, max_num_regs=65536,
+                    warpSize=32)
+    def load_binary(self, *arguments):
+        return next(loaded), next(loaded), 32, 0, 1024
+    def unload_module(self, module):
+        pass
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 7
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda self: torch.device("cpu")
+    map_python_to_cpp_type = lambda self, kind: kind
+
+driver.set_active(Driver())
+torch.cuda.current_device = lambda: 0
+from llmops.kernels.triton import _launch, softmax
+
+def same(what):
+    return [x if not isinstance(x, tuple) else same(x) for x in what]
+
+memory = torch.zeros(4096)
+def case(pointer=0, dtype=torch.float32, n=128, row=128, mask=None, scale=1.0, kind=0, warps=4):
+    x = memory[pointer:].view(dtype)
+    arguments = (x, x, mask, 4, n, row, scale, 1, 1, 1, 0, 0, 0, 1)
+    constants = dict(MASK=kind, CAUSAL=False, ROWS=2, BLOCK=128, num_warps=warps)
+    kernel, seen = softmax.softmax_fwd_kernel, []
+    for run in (lambda: _launch._launch(kernel, (2,), arguments, constants),) * 3 + (
+        lambda: kernel[(2,)](*arguments, **constants),
+    ):
+        launched.clear()
+        run()
+        (one,) = launched
+        seen.append(one)
+    for one in seen[:-1]:
+        assert all(a is b or a == b for a, b in zip(one[:-1], seen[-1][:-1])), (one, seen[-1])
+        assert len(one[-1]) == len(seen[-1][-1])
+        assert all(a is b or a == b for a, b in zip(one[-1], seen[-1][-1])), (one, seen[-1])
+    return seen[-1][0]
+
+plain = case()
+assert case(n=96) is plain and case(n=64, row=96) is plain and case(scale=0.5) is plain
+others = [case(pointer=1), case(n=100), case(n=1), case(row=2**31 + 64), case(dtype=torch.bfloat16),
+          case(warps=2), case(mask=memory.bfloat16(), kind=2), case(mask=memory, kind=2)]
+assert len({plain, *others}) == 9, "each is compiled by itself"
+# Sizes that never come back do not pile up, and are still the right kernel's.
+_launch.MOST_VALUES = 3
+assert all(case(n=n) is plain for n in range(16, 128, 16)) and len(_launch._by_value) <= 3
+# With a profiler's hook Triton's own run serves.
+entered = []
+triton.knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(1))
+before = dict(_launch._by_value)
+_launch._launch(softmax.softmax_fwd_kernel, (2,),
+                (memory, memory, None, 4, 99, 99, 1.0, 1, 1, 1, 0, 0, 0, 1),
+                dict(MASK=0, CAUSAL=False, ROWS=2, BLOCK=128, num_warps=4))
+assert _launch._by_value == before
+print("fine")
+"""
+
+
+def test_triton_launches_what_triton_would() -> None:
+    """The same compiled kernel and the same arguments, by our own key and by Triton's run()."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "fine\n", done.stdout + done.stderr

@@ -128,9 +128,9 @@ def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
     return "failed" if record["in_vain"] > 2 or not (fresh or status is None) else "cut"
 
 
-# One thread each: as many processes as cores run at a time. The plugin stands beside this file.
-TOOLS = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(TOOLS)}
+# One thread each: as many processes as cores run at a time.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+REPORT = Path(__file__).resolve().parent / "gpu_report.py"
 
 
 def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[str]:
@@ -139,10 +139,10 @@ def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[s
         wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
     seen = gpu_run.STATE / f"{files[0].stem} {only}.seen".replace(" ", "-")
     seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_report", "-k", wanted]
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
     options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
     names = [str(file.relative_to(gpu_run.ROOT)) for file in files]
-    return [python(), "-m", "pytest", *options, *names]
+    return [python(), str(REPORT), *options, *names]
 
 
 # Rows 2^31 elements apart are tens of GiB on a GPU: one process has all of these, after another.

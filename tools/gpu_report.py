@@ -1,4 +1,4 @@
-"""A pytest plugin for `make gpu`: says why a test failed as soon as it has, for its process may be
+"""pytest as `make gpu` runs it: it says why a test failed as soon as it has, for its process may be
 killed before pytest's own summary; and ends the process where CUDA is in an error state, in which
 each later test would fail as well.
 """
@@ -6,6 +6,7 @@ each later test would fail as well.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ ENDED = 3  # exit status
 
 
 class Report:
-    def __init__(self, config: Any) -> None:
+    def pytest_configure(self, config: Any) -> None:
         self.config = config
 
     @pytest.hookimpl(trylast=True)  # after the verdict
@@ -32,5 +33,6 @@ class Report:
             os._exit(ENDED)
 
 
-def pytest_configure(config: Any) -> None:
-    config.pluginmanager.register(Report(config))
+if __name__ == "__main__":
+    sys.path[0] = os.getcwd()  # as python -m pytest has it
+    sys.exit(pytest.main(sys.argv[1:], plugins=[Report()]))

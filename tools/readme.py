@@ -138,6 +138,79 @@ def _tokens_per_s(row: Row, us: float) -> str:
     return f"{tokens / us * 1e6:.1f}" if tokens else "–"
 
 
+def gpu_table() -> str:
+    """The committed result of each GPU: row ops by the share of a copy's bandwidth they reach,
+    attention by its rate."""
+    files = sorted(RESULTS.glob("cuda-*.json"))
+    return "\n\n".join(_gpu_of(file, json.loads(file.read_text())) for file in files)
+
+
+def _gpu_of(file: Path, result: dict[str, Any]) -> str:
+    machine, limits = result["machine"], result["runs"][0]["limits"]
+    rows = [row for run in result["runs"] for row in run["rows"] if row["ours_us"]]
+    name = file.relative_to(ROOT)
+    lines = [
+        f"{machine['gpu']}, driver {machine['driver_version']}, torch {machine['torch']}, Triton "
+        f"{machine['triton']}, commit {machine['commit']} of {_date(machine)}; a copy there moves "
+        f"{limits['copy_gbs'] / 1e3:.2f} TB/s, a bf16 matrix product runs at "
+        f"{limits['flops_bfloat16_gflops'] / 1e3:.0f} TFLOP/s, both measured in the same run. "
+        f"bf16; lowest and highest over the shapes. Every row: [`{name}`]({name}).",
+        "",
+        "| op | pass | shapes | Triton | CUDA C++ | torch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (op, passes), chosen, tells in _gpu_groups(rows, limits):
+        cells = [
+            _range([tells(row, us) for row in chosen for us in _times(row, provider)])
+            for provider in ("llmops", "llmops cuda", "torch")
+        ]
+        lines.append(f"| {op} | {passes} | {len(chosen)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gpu_groups(rows: list[Row], limits: dict[str, float]) -> list[Any]:
+    """(op and pass, its rows, what a cell says of a row and a time)."""
+
+    def share(row: Row, us: float) -> float:
+        return float(100 * row["bytes"] / us / 1e3 / limits["copy_gbs"])
+
+    def rate(row: Row, us: float) -> float:
+        return float(row["flops"] / us / 1e6)
+
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["dtype"] != "bfloat16":
+            continue
+        if " grid " in row["shape"]:
+            kind, size = row["shape"].split(" grid ")
+            title = f"attention, {kind}, D {size.split('x')[-1]}, TFLOP/s"
+        elif "bandwidth" in row["shape"] or _spans(row):
+            title = f"{_kind(row)}, % of copy"
+        else:
+            continue
+        groups.setdefault((title, row["passes"]), []).append(row)
+    return [
+        (title, chosen, rate if "TFLOP/s" in title[0] else share)
+        for title, chosen in groups.items()
+    ]
+
+
+def _spans(row: Row) -> bool:
+    """Ops of several shapes, of which those that a GPU's cache does not hold tell."""
+    return row["op"] in ("rope_qk", "rope_qk_", "attention_kvcache") and row["bytes"] > 2**28
+
+
+def _times(row: Row, provider: str) -> list[float]:
+    return [r["us"] for r in row["results"] if r["provider"] == provider and r["us"]]
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return "–"
+    ends = [f"{end(values):.0f}" for end in (min, max)]
+    return "–".join(dict.fromkeys(ends))
+
+
 def schemas() -> str:
     """Every operator of torch.ops.llmops with its full argument list."""
     import torch
@@ -165,7 +238,7 @@ defaults. Written by `python tools/readme.py`.
 
 def rendered(text: str) -> str:
     """README's text with each generated part replaced."""
-    for name, make in (("support", support_table), ("speed", speed_table)):
+    for name, make in (("support", support_table), ("speed", speed_table), ("gpu", gpu_table)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, rest = text.split(begin, 1)
         text = head + begin + make() + "\n" + end + rest.split(end, 1)[1]

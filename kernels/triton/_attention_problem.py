@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from llmops.kernels.triton import _attention_tile as tile
 from llmops.kernels.triton import _config, _rows
 from llmops.kernels.triton._attention_tile import (
@@ -21,7 +20,7 @@ from llmops.kernels.triton._attention_tile import (
     NEGATIVE,
     SINKS,
 )
-from llmops.kernels.triton._launch import all_registers, architecture
+from llmops.kernels.triton._launch import all_registers, architecture, cdiv
 from torch import Tensor
 
 
@@ -150,4 +149,4 @@ class Problem:
     def parts(self, *dims: str) -> int:
         """Programs that share a block: one per chunk of the outputs' last dimension."""
         of = {"DIM": "BLOCK_D", "DIM_V": "BLOCK_DV"}
-        return max(triton.cdiv(max(self.constants[d], 1), self.constants[of[d]]) for d in dims)
+        return max(cdiv(max(self.constants[d], 1), self.constants[of[d]]) for d in dims)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
+from llmops.kernels.triton._launch import cdiv
 from torch import Tensor
 
 
@@ -46,5 +47,5 @@ def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config
 
 def grid(rows: int, n: int, config: _config.Config) -> tuple[tuple[int], int]:
     """The programs, and how many blocks each row has."""
-    blocks = triton.cdiv(n, config["BLOCK"])
-    return (triton.cdiv(rows, config["ROWS"]) * blocks,), blocks
+    blocks = cdiv(n, config["BLOCK"])
+    return (cdiv(rows, config["ROWS"]) * blocks,), blocks

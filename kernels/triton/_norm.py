@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from torch import Tensor
 
 
@@ -175,7 +175,7 @@ def forward(
     arguments = (source, added, flat(weight), flat(bias), y, h, rows, n, source.stride(0),
                  added_row, eps, offset)  # fmt: skip
     if "ROWS" in config:
-        grid = (triton.cdiv(rows, config["ROWS"]),)
+        grid = (cdiv(rows, config["ROWS"]),)
         launch(norm_fwd_kernel, grid, *arguments, CENTERED=centered, **config)
     else:
         launch(norm_fwd_long_kernel, (rows,), *arguments, CENTERED=centered, **config)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import all_registers, launch, processors
+from llmops.kernels.triton._launch import all_registers, cdiv, launch, processors
 from llmops.kernels.triton._norm import deviations, flat, rstd_of, scaled
 from torch import Tensor
 
@@ -251,7 +251,7 @@ def backward(
     key = (_rows.power_of_2(n), h.dtype)
     config = dict(_config.choose(op, key, _backward_table(n)))
     config |= all_registers(config["num_warps"])
-    groups = triton.cdiv(rows, config["ROWS"])
+    groups = cdiv(rows, config["ROWS"])
     programs = min(processors() * config.pop("PER_PROCESSOR"), groups)
     long = "HOLD" not in config
     weight_sums = bias_sums = None
@@ -267,7 +267,7 @@ def backward(
     )  # fmt: skip
     if need_parameters:
         launch(
-            norm_sum_kernel, (triton.cdiv(n, 32),), weight_sums, bias_sums, dweight,
+            norm_sum_kernel, (cdiv(n, 32),), weight_sums, bias_sums, dweight,
             dbias if need_bias else None, programs, n, PROGRAMS=32, COLUMNS=32, num_warps=4,
         )  # fmt: skip
     return dh, dx, dweight, dbias

@@ -52,6 +52,8 @@ def tiles(n: int, most: int = 2048) -> Iterator[_config.Config]:
 def as_rows(x: Tensor, dims: int = 1) -> Tensor:
     """x as [rows, n], n its last `dims` dimensions together, elements of a row side by side: a view
     where the strides allow it, else a copy."""
+    if dims == 1 and x.dim() == 2 and x.stride(1) == 1:
+        return x
     n = 1
     for size in x.shape[x.dim() - dims :]:
         n *= size
@@ -67,7 +69,7 @@ def _product(sizes: Any) -> int:
 
 
 def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def broadcast(x: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, int, int, int, int]]:

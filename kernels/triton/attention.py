@@ -41,7 +41,7 @@ from llmops.kernels.triton._attention_tile import (
     rows_of,
     sequence,
 )  # fmt: skip
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from llmops.kernels.triton.attention_kvcache import attention_kvcache, divides_keys
 from torch import Tensor
 
@@ -176,7 +176,7 @@ def forward(
     if lse.numel() == 0:
         return out, lse
     problem = Problem("attention", q, k, v, mask, causal, scale, modifiers, varlen, False)
-    blocks = triton.cdiv(problem.queries, problem.constants["BLOCK_M"])
+    blocks = cdiv(problem.queries, problem.constants["BLOCK_M"])
     grid = (blocks * problem.heads * problem.batch, problem.parts("DIM_V"))
     strides = (*problem.strides(out), *problem.strides(lse)[:2])
     launch(

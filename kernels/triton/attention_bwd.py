@@ -43,7 +43,7 @@ from llmops.kernels.triton._attention_tile import (
     rows_of,
     sequence,
 )  # fmt: skip
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from torch import Tensor
 
 
@@ -205,7 +205,7 @@ def backward(
     dsink = torch.empty_like(lse) if sinks is not None else None
     of_dout, of_lse = problem.strides(dout), problem.strides(lse)[:2]
     of_dlse = (0, 0, 0) if grad_lse is None else problem.strides(grad_lse)
-    blocks = triton.cdiv(problem.queries, constants["BLOCK_M"])
+    blocks = cdiv(problem.queries, constants["BLOCK_M"])
     rows = blocks * problem.heads * problem.batch
     if lse.numel():
         launch(
@@ -216,7 +216,7 @@ def backward(
     parts = problem.parts("DIM", "DIM_V")
     # BLOCK_M is what a program holds, BLOCK_N what it walks: here keys and queries.
     held, walked = constants["BLOCK_M"], constants["BLOCK_N"]
-    key_blocks = triton.cdiv(problem.keys, held)
+    key_blocks = cdiv(problem.keys, held)
     sums = torch.zeros_like(dq, dtype=torch.float32) if problem.one_pass else None
     if dk.numel() or dv.numel():
         launch(
@@ -241,8 +241,8 @@ def backward(
         if "num_warps" in constants and q.dtype != torch.float32:
             constants["num_warps"] //= 2
         sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
-        tiles_m = 1 if sizes[2] == 1 else triton.cdiv(sizes[2], constants["BLOCK_M"])
-        tiles_n = 1 if sizes[3] == 1 else triton.cdiv(sizes[3], constants["BLOCK_N"])
+        tiles_m = 1 if sizes[2] == 1 else cdiv(sizes[2], constants["BLOCK_M"])
+        tiles_n = 1 if sizes[3] == 1 else cdiv(sizes[3], constants["BLOCK_N"])
         launch(
             attention_bwd_dmask_kernel, (sizes[0] * sizes[1] * tiles_m * tiles_n,), *common,
             *shared, dmask, *of_dout, *of_lse, problem.batch, *sizes, tiles_m, tiles_n, **constants,

@@ -27,7 +27,7 @@ import triton.language as tl
 from llmops.kernels.triton import _attention_tile as tile
 from llmops.kernels.triton import _config, _launch, _rows
 from llmops.kernels.triton._attention_problem import dense, heads_like
-from llmops.kernels.triton._launch import all_registers, launch
+from llmops.kernels.triton._launch import all_registers, cdiv, launch
 from torch import Tensor
 
 MOST_SPLITS = 64
@@ -200,8 +200,8 @@ def candidates(op: str, key: tuple[int, int, torch.dtype, bool]) -> Iterator[_co
 
 def _splits(programs: int, capacity: int) -> int:
     """So many parts that two programs run on each processor; from shapes alone."""
-    wanted = triton.cdiv(2 * _launch.processors(), programs)
-    return max(1, min(wanted, triton.cdiv(capacity, SPLIT_KEYS), MOST_SPLITS))
+    wanted = cdiv(2 * _launch.processors(), programs)
+    return max(1, min(wanted, cdiv(capacity, SPLIT_KEYS), MOST_SPLITS))
 
 
 def divides_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -260,7 +260,7 @@ def attention_kvcache(
     key = (_rows.power_of_2(queries * group), widest, q.dtype, modified)
     table = _table(queries * group, widest, wide, modified)
     config = _config.choose("attention_kvcache", key, table)
-    row_blocks = triton.cdiv(queries * group, config["BLOCK_M"])
+    row_blocks = cdiv(queries * group, config["BLOCK_M"])
     programs = batch * kv_heads * row_blocks
     splits = _splits(programs, capacity)
     to, to_lse = out, lse

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
@@ -192,7 +192,7 @@ def cross_entropy(
     heavy = x.dtype == torch.float32 and label_smoothing > 0
     config = _config.choose("cross_entropy", (_rows.power_of_2(n), x.dtype), _table(n, heavy))
     launch(
-        cross_entropy_fwd_kernel, (triton.cdiv(rows, config["ROWS"]),),
+        cross_entropy_fwd_kernel, (cdiv(rows, config["ROWS"]),),
         source, ids, weight, losses, lse, rows, n, *where, last, ignore_index,
         label_smoothing, share_of_each(label_smoothing, n), z_loss,
         SMOOTH=label_smoothing > 0, ROWWISE=rowwise, **config,

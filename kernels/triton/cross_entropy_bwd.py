@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from llmops.kernels.triton.cross_entropy import (
     MEAN,
@@ -205,7 +205,7 @@ def _backward(
     config = _config.choose("cross_entropy_bwd", (_rows.power_of_2(n), x.dtype), _table_bwd(n))
     launch(
         cross_entropy_bwd_kernel,
-        (triton.cdiv(rows, config["ROWS"]) * triton.cdiv(n, config["BLOCK"]),),
+        (cdiv(rows, config["ROWS"]) * cdiv(n, config["BLOCK"]),),
         grad.contiguous(), None if grad_lse is None else grad_lse.contiguous(), source, ids,
         weight, lse.contiguous(), scales, dx, rows, n, *where, last, ignore_index,
         label_smoothing, share_of_each(label_smoothing, n), z_loss,

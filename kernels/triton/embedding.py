@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from torch import Tensor
 
 
@@ -130,7 +130,7 @@ def embedding(
         position_rows = position_weight.shape[0]
         position_strides = (position_weight.stride(0), position_weight.stride(1))
     config = _config.choose("embedding", (_rows.power_of_2(dim), weight.dtype), _table(dim))
-    grid = (triton.cdiv(count, config["TOKENS"]) * triton.cdiv(dim, config["BLOCK"]),)
+    grid = (cdiv(count, config["TOKENS"]) * cdiv(dim, config["BLOCK"]),)
     launch(
         embedding_fwd_kernel, grid, ids, weight, places, position_weight, y,
         count, length, dim, weight.shape[0], position_rows, *weight.stride(), *position_strides,
@@ -152,7 +152,7 @@ def embedding_bwd(grad: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Ten
     every = torch.arange(rows + 1, dtype=ids.dtype, device=ids.device)
     first = torch.searchsorted(sorted_ids, every)
     config = _config.choose("embedding_bwd", (_rows.power_of_2(dim), grad.dtype), _table_bwd(dim))
-    grid = (triton.cdiv(rows, config["ROWS"]) * triton.cdiv(dim, config["BLOCK"]),)
+    grid = (cdiv(rows, config["ROWS"]) * cdiv(dim, config["BLOCK"]),)
     arguments = (dy, order, first, dweight, rows, dim, padding_idx, *dy.stride())
     launch(embedding_bwd_kernel, grid, *arguments, **config)
     return dweight

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from torch import Tensor
 
 
@@ -92,7 +92,7 @@ def kv_cache_append_(
     widest = _rows.power_of_2(max(dim, dim_v))
     config = _config.choose("kv_cache_append_", (widest, k.dtype), _table(widest, k.itemsize))
     launch(
-        kv_cache_append_kernel, (triton.cdiv(rows, config["ROWS"]), 2), k, v, k_cache, v_cache,
+        kv_cache_append_kernel, (cdiv(rows, config["ROWS"]), 2), k, v, k_cache, v_cache,
         cache_seqlens, table, rows, heads, tokens, dim, dim_v, capacity, k_cache.shape[0], page,
         cache_seqlens.stride(0), *strides, *k.stride(), *k_cache.stride(), *v.stride(),
         *v_cache.stride(), PAGED=block_table is not None, **config,

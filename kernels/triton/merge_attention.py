@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
@@ -143,7 +143,7 @@ def merge_attention(
         return out, lse
     config = _config.choose("merge_attention", (_rows.power_of_2(n), out.dtype), _table(n, 4096))
     tensors, where = _all_placed((out_a, lse_a, out_b, lse_b))
-    grid = (triton.cdiv(rows, config["ROWS"]),)
+    grid = (cdiv(rows, config["ROWS"]),)
     launch(merge_attention_fwd_kernel, grid, *tensors, out, lse, rows, n, *where, **config)
     return out, lse
 
@@ -159,6 +159,6 @@ def merge_attention_bwd(
     key = (_rows.power_of_2(n), out_a.dtype)
     config = _config.choose("merge_attention_bwd", key, _table(n, 2048))
     tensors, where = _all_placed((grad_out, grad_lse, out_a, lse_a, out_b, lse_b))
-    grid = (triton.cdiv(rows, config["ROWS"]),)
+    grid = (cdiv(rows, config["ROWS"]),)
     launch(merge_attention_bwd_kernel, grid, *tensors, *results, rows, n, *where, **config)
     return results  # type: ignore[return-value]

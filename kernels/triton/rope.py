@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from torch import Tensor
 
 
@@ -148,8 +148,8 @@ def _run(
     config = _config.choose(
         "rope", (_rows.power_of_2(half), q.dtype), _table(half, max(q_heads, k_heads), tokens)
     )
-    groups = triton.cdiv(q_heads, config["GROUP"]) + triton.cdiv(k_heads, config["GROUP"])
-    grid = (batch * triton.cdiv(tokens, config["TOKENS"]) * groups,)
+    groups = cdiv(q_heads, config["GROUP"]) + cdiv(k_heads, config["GROUP"])
+    grid = (batch * cdiv(tokens, config["TOKENS"]) * groups,)
     arguments = (q, k, q_out, k_out, cos, sin, position_ids, tokens, q_heads, k_heads, half, dim)
     launch(
         rope_kernel, grid, *arguments, cos.shape[-2],

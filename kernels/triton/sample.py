@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import architecture, launch
+from llmops.kernels.triton._launch import architecture, cdiv, launch
 from torch import Tensor
 
 
@@ -232,7 +232,7 @@ def sample(
         )
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     config = _config.choose("sample", (_rows.power_of_2(n), logits.dtype), _table(n))
-    grid = (triton.cdiv(rows, config["ROWS"]),)
+    grid = (cdiv(rows, config["ROWS"]),)
     arguments = (rows, n, source.stride(0))
     if uniform is None:
         launch(sample_greedy_kernel, grid, source, token, *arguments, **config)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import launch
+from llmops.kernels.triton._launch import cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def softmax(
     queries = x.shape[-2] if causal else 1
     arguments = (source, y, mask, rows, n, source.stride(0), scale, queries, *where, last)
     if "ROWS" in config:
-        grid = (triton.cdiv(rows, config["ROWS"]),)
+        grid = (cdiv(rows, config["ROWS"]),)
         launch(softmax_fwd_kernel, grid, *arguments, MASK=kind, CAUSAL=causal, **config)
     else:
         launch(softmax_fwd_long_kernel, (rows,), *arguments, MASK=kind, CAUSAL=causal, **config)
@@ -191,7 +191,7 @@ def softmax_bwd(grad: Tensor, y: Tensor, scale: float, dtype: torch.dtype) -> Te
         return dx
     config = _config.choose("softmax_bwd", (_rows.power_of_2(n), dtype), _table(n))
     if "ROWS" in config:
-        grid = (triton.cdiv(rows, config["ROWS"]),)
+        grid = (cdiv(rows, config["ROWS"]),)
         arguments = (dy, y, dx, rows, n, dy.stride(0), y.stride(0), scale)
         launch(softmax_bwd_kernel, grid, *arguments, **config)
     else:
