@@ -84,6 +84,8 @@ _MISSING: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
+# Of attention: its head dimensions, padded to powers of two, differ, and one is no multiple of 8.
+_UNLIKE = "head dimensions of unlike widths"
 
 
 def available() -> str | None:
@@ -111,7 +113,20 @@ def serves(call: Call) -> str | None:
     for feature in _MISSING.get(call.op, ()):
         if feature in call.features:
             return f"its {call.op} has no {feature}"
+    if _UNLIKE in call.features and call.dtype != torch.float32 and _on_hopper():
+        return (
+            f"its {call.op} of 16-bit tensors with head dimensions such as 33 and 20 gives wrong "
+            "results on Hopper GPUs; pad both to multiples of 8"
+        )
     return None
+
+
+def _on_hopper() -> bool:
+    """Seen with Triton 3.6.0, whose assembler is CUDA 12.8's; benchmarks/NOTES.md has what is known
+    of it. Every other case of the kit that ran there was right."""
+    if INTERPRETED or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 def yields(call: Call) -> str | None:
