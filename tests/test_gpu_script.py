@@ -159,8 +159,11 @@ def test_gpu_tests_go_on_after_a_crash(
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     file = tmp_path / "test_fake.py"
     file.write_text(TESTS)
-    command = gpu.partial(gpu.test_command, [file], only="")
-    tests = stage(gpu, gpu.Unit("test_fake", command, 60.0, gpu.read_tests, gpu.ENVIRONMENT))
+    command = gpu.partial(gpu.gpu_tests.test_command, [file], only="")
+    tests = stage(
+        gpu,
+        gpu.Unit("test_fake", command, 60.0, gpu.gpu_tests.read_tests, gpu.gpu_tests.ENVIRONMENT),
+    )
     found = gpu.work([tests], 1.0, tmp_path)["stages"]["fake"]["units"]["test_fake"]
     assert found["counts"] == {"passed": 3, "failed": 2, "crashed": 1}
     assert [x.split("::")[1] for x in found["failures"]] == [
@@ -176,18 +179,22 @@ def test_gpu_a_test_hangs_that_uses_a_limit_alone(gpu: Any) -> None:
     """The one that runs when the time is up may only have been late; next time it comes first."""
     first, late = "tests/a.py::test_a[triton x]", "tests/a.py::test_b[triton]"
     record: dict[str, Any] = {}
-    assert gpu.read_tests(record, f"{first} PASSED [ 10%]\n{late} ", None) == "cut"
+    assert gpu.gpu_tests.read_tests(record, f"{first} PASSED [ 10%]\n{late} ", None) == "cut"
     assert record["counts"] == {"passed": 1} and record["seen"] == [first]
-    assert gpu.read_tests(record, f"collected 2 items\n\n{late} ", None) == "cut"
+    assert gpu.gpu_tests.read_tests(record, f"collected 2 items\n\n{late} ", None) == "cut"
     assert record["failures"] == [f"HUNG {late}"] and record["seen"] == [first, late]
-    assert gpu.read_tests(record, "", 5) == "failed"
+    assert gpu.gpu_tests.read_tests(record, "", 5) == "failed"
     starting: dict[str, Any] = {}
-    assert [gpu.read_tests(starting, "", None) for _ in range(3)] == ["cut", "cut", "failed"]
+    assert [gpu.gpu_tests.read_tests(starting, "", None) for _ in range(3)] == [
+        "cut",
+        "cut",
+        "failed",
+    ]
 
 
 def test_gpu_no_test_is_no_success(gpu: Any) -> None:
-    assert gpu.read_tests({}, "collected 0 items\n", 5) == "failed"
-    assert gpu.read_tests({}, "tests/a.py::test_a[triton] PASSED [100%]\n", 0) == "passed"
+    assert gpu.gpu_tests.read_tests({}, "collected 0 items\n", 5) == "failed"
+    assert gpu.gpu_tests.read_tests({}, "tests/a.py::test_a[triton] PASSED [100%]\n", 0) == "passed"
 
 
 def test_gpu_architectures(gpu: Any) -> None:
@@ -225,14 +232,22 @@ def test_gpu_stages_exist(gpu: Any) -> None:
     """The real units can be listed here: names of files with the kit, of benchmarks with cases."""
     from llmops.bench import cases
 
-    tests = [u.name for u in gpu.test_units()]
+    tests = [u.name for u in gpu.gpu_tests.test_units()]
     wanted = {"test_softmax", "test_attention bf16 and gradients", "test_attention_varlen"}
     assert wanted | {"test_device compiles", "kit far_strides"} <= set(tests)
     assert tests[0] == "test_device not compiles" and len(tests) == len(set(tests))
     names = [u.name for u in gpu.bench_units()]
     assert set(cases.names()) <= set(names) and "attention torch.compile" in names
+    assert {u.name for u in gpu.tune_units()} <= set(cases.known())
     with pytest.raises(SystemExit):
         gpu.main(["--stages", "benches"])
+
+
+def test_gpu_tune_record(gpu: Any) -> None:
+    found = ["softmax (1024, torch.bfloat16): {'ROWS': 4}, 1.20x", "rope ('q', 8): the table"]
+    record: dict[str, Any] = {}
+    assert gpu.read_tune(record, "0 configurations\n" + "\n".join(found) + "\n", 0) == "passed"
+    assert record["found"] == found and gpu.read_tune({}, "", None) == "cut"
 
 
 def test_gpu_sanitizer_units(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,17 @@ seconds["{'BLOCK': 32}"], seconds["{'BLOCK': 48}"] = 0.01, 0.01
 seconds["{'ROWS': 4}"] = 0.99
 assert tune.search([case], time) == {}  # a gain below GAIN is noise
 seconds["{'ROWS': 4}"], seconds["{'ROWS': 2}"] = 0.5, 0.6
+# One that takes half as long again as the fastest is timed once and no more.
+options.append({"ROWS": 1})
+calls = []
+def counted(call, number):
+    calls.append(_config._overrides["softmax"])
+    return time(call, number)
+seconds["{'ROWS': 1}"] = 0.75
+tune.search([case], counted)
+assert calls.count({"ROWS": 1}) == 1 and calls.count({"ROWS": 2}) == 1 + tune.ROUNDS
+assert calls.count({}) == 1 + tune.ROUNDS, "what is used now takes part in any case"
+del options[-1]
 found = tune.search([case, case], time)
 assert found == {"softmax": {(64, torch.float32): {"ROWS": 4}}}, found
 """
@@ -51,7 +62,32 @@ assert found == {"softmax": {(64, torch.float32): {"ROWS": 4}}}, found
 
 def test_tune_keeps_the_fastest_right_candidate(tmp_path: Path) -> None:
     out = in_fresh_python(SEARCH, tmp_path / "tuned.json", "1")
-    assert out.count("softmax (64, torch.float32)") == 2 and "2.00x" in out
+    assert out.count("softmax (64, torch.float32): {'ROWS': 4}, 2.00x") == 2
+
+
+SHARES = """
+import torch, llmops
+from llmops.bench import tune
+from llmops.bench.harness import Case, with_backward
+from llmops.kernels.triton import _config, softmax
+ran = []
+def ours(t):
+    ran.append(dict(_config._overrides.get("softmax", {})))
+    return llmops.softmax(t, backend="triton")
+x = torch.randn(6, 40)
+case = Case("softmax", "fwd", torch.float32, "", with_backward("fwd", ours, (x,)),
+            with_backward("fwd", lambda t: torch.softmax(t, -1), (x,)))
+options = [{"ROWS": n} for n in (1, 2, 4, 3, 8)]  # no block of three rows
+softmax.candidates = lambda op, key: options
+counts = [tune.compile_share([case, case], k, 2) for k in range(2)]
+print(sorted(r["ROWS"] for r in ran if r), counts)
+"""
+
+
+def test_tune_shares_the_compiling(tmp_path: Path) -> None:
+    """Each candidate in one process, and one that cannot be compiled is only left out."""
+    out = in_fresh_python(SHARES, tmp_path / "tuned.json", "1")
+    assert out.strip() == "[1, 2, 3, 4, 8] [1, 3]"
 
 
 def test_tune_file_serves_later_processes_of_the_same_device(tmp_path: Path) -> None:

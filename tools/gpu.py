@@ -3,7 +3,10 @@
     install       the package, from this tree, with no network and only this GPU's architecture
     correctness   the conformance kit on its device targets, some test files at a time: what takes
                   long is not the GPU but Triton's compiler, one core a process
+    compile       Triton's kernels of the benchmarks, a share to each core
     bench         `llmops bench --device cuda`, one op after the other, then beside torch.compile
+    tune          where --stages names it: `llmops tune`, compiled by all cores; what it finds is kept
+                  in build/gpu/tuned.json and takes part in nothing else
     sanitize      where --stages names it: the CUDA kernels under compute-sanitizer
     summary       one JSON of all this
 
@@ -18,14 +21,12 @@ left for the next call; 1 something did; 2 there is no GPU.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -34,13 +35,8 @@ from typing import Any
 
 import gpu_run
 import gpu_sanitize
-from gpu_run import Stage, Unit, go, load, plain, save
-
-MAX_FAILURES = 10  # of one test process: its kernels may have left anything in memory
-VERDICT = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
-REASON = re.compile(r"^REASON (\S+::.*?) :: (.*)$", re.MULTILINE)  # of gpu_report.py
-BEGUN = re.compile(r"^(\S+::(?:.*?\]|\w+))(?= |$)", re.MULTILINE)  # more may be on its line
-
+import gpu_tests
+from gpu_run import Stage, Unit, always, go, load, plain, python, save
 
 # ---- install -------------------------------------------------------------------------------------
 
@@ -48,15 +44,6 @@ BEGUN = re.compile(r"^(\S+::(?:.*?\]|\w+))(?= |$)", re.MULTILINE)  # more may be
 def architecture(major: int, minor: int) -> str:
     """9.0 -> "90a", 10.0 -> "100a": those whose instructions need the "a"; 12.0 -> "120"."""
     return f"{major}{minor}" + "a" * (major in (9, 10))
-
-
-def python() -> str:
-    """The interpreter of the later stages: this one, or the venv where it must stay as it is."""
-    managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
-    inside = sys.prefix != sys.base_prefix
-    if managed.exists() and not inside:
-        return str(gpu_run.STATE / "venv/bin/python")
-    return sys.executable
 
 
 DESCRIBE = "import json; from llmops.bench import machine; print(json.dumps(machine.describe()))"
@@ -99,84 +86,6 @@ def install_units() -> list[Unit]:
     return found
 
 
-# ---- correctness ---------------------------------------------------------------------------------
-
-
-def read_tests(record: dict[str, Any], text: str, status: int | None) -> str:
-    """Counts each test's verdict; the one that was running when the process died has one, too."""
-    record["continues"] = True
-    seen, failures = record.setdefault("seen", []), record.setdefault("failures", [])
-    counts = record.setdefault("counts", {})
-    fresh, reasons = dict(VERDICT.findall(text)), dict(REASON.findall(text))
-    running = [name for name in BEGUN.findall(text) if name not in fresh][-1:]
-    if status is None:
-        # Killed in the same test twice, and this time it had the whole limit: it hangs.
-        if running and not fresh and record.get("running") == running:
-            fresh[running[0]] = "HUNG"
-        record["running"] = running
-    elif running and status not in (0, 1, 5):
-        fresh[running[0]] = "CRASHED"
-    for name, verdict in fresh.items():
-        counts[verdict.lower()] = counts.get(verdict.lower(), 0) + 1
-        if verdict not in ("PASSED", "SKIPPED", "XFAIL"):
-            failures.append(f"{verdict} {name}: {reasons.get(name, '')}".removesuffix(": "))
-    seen += fresh
-    if status in (0, 1, 5) and "stopping after" not in text:
-        # No test at all is no success: then the GPU's backends were not there.
-        return "failed" if failures or not counts.get("passed") else "passed"
-    record["in_vain"] = 0 if fresh else record.get("in_vain", 0) + 1
-    return "failed" if record["in_vain"] > 2 or not (fresh or status is None) else "cut"
-
-
-# One thread each: as many processes as cores run at a time.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-REPORT = Path(__file__).resolve().parent / "gpu_report.py"
-
-
-def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[str]:
-    wanted = f"(triton or cuda) and {only}" if only else "triton or cuda"
-    if importlib.util.find_spec("expecttest") is None:  # torch's opcheck is made with it
-        wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
-    seen = gpu_run.STATE / f"{files[0].stem} {only}.seen".replace(" ", "-")
-    seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
-    options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
-    names = [str(file.relative_to(gpu_run.ROOT)) for file in files]
-    return [python(), str(REPORT), *options, *names]
-
-
-# Rows 2^31 elements apart are tens of GiB on a GPU: one process has all of these, after another.
-FAR, NEAR = "far_strides", "not far_strides"
-# Units of the files whose tests take longest: attention's kernels are many and slow to compile,
-# and so is what torch.compile makes of every op.
-CHECKS = ("matches_reference", "gradients", f"not (matches_reference or gradients) and {NEAR}")
-PARTS = {
-    "test_attention": [f"{d} and {c}" for c in CHECKS for d in ("bf16", "fp32", "fp16")]
-    + ["not (bf16 or fp32 or fp16)"],
-    "test_device": ["not compiles", "compiles"],
-}
-
-
-def test_units() -> list[Unit]:
-    """Graphs, streams and compile of every op; then the files that take in the conformance kit."""
-    from llmops.backends import triton
-
-    tests = gpu_run.ROOT / "tests"
-    texts = {f: f.read_text() for f in sorted(tests.glob("test_*.py"))}
-    served = triton.PASSES.keys() - {"scaled_dot_product_attention"}  # it calls attention
-    kit = [f for f in texts if "suite(" in texts[f] and f.stem[5:] in served]
-    files = [tests / "test_device.py", tests / "test_attention.py", *kit]
-    files += [f for f in texts if 'targets("' in texts[f] and "suite(" not in texts[f]]
-    wanted = [([f], only) for f in dict.fromkeys(files) for only in PARTS.get(f.stem, [NEAR])]
-    wanted.insert(1, (kit, FAR))
-    units = []
-    for chosen, only in wanted:
-        name = ("kit" if len(chosen) > 1 else chosen[0].stem) + f" {only}" * (only != NEAR)
-        command = partial(test_command, chosen, only=only)
-        units.append(Unit(name, command, 120, read_tests, ENVIRONMENT))
-    return units
-
-
 # ---- bench ---------------------------------------------------------------------------------------
 
 
@@ -197,6 +106,19 @@ def bench_command(options: list[str], record: dict[str, Any]) -> list[str]:
     return [python(), "-m", "llmops", "bench", *options, *limits, "--json", str(file)]
 
 
+FIRST = ("overhead", "attention_grid", "bandwidth", "attention", "attention_kvcache")
+
+
+def compile_units() -> list[Unit]:
+    """Of the first benchmarks; a kernel of a later one is compiled where its row is measured."""
+    share = [python(), str(Path(__file__).resolve().parent / "gpu_compile.py")]
+    commands = [[*share, str(k), str(WORKERS), *FIRST, "rope"] for k in range(WORKERS)]
+    return [
+        Unit(f"share {k}", partial(always, command), 90, plain, {"OMP_NUM_THREADS": "1"})
+        for k, command in enumerate(commands)
+    ]
+
+
 def bench_units() -> list[Unit]:
     """Every op beside torch, its named kernels and peers; then one shape each, as a compiler runs
     per row, beside torch.compile."""
@@ -205,13 +127,32 @@ def bench_units() -> list[Unit]:
     groups = [x for group in ("sdpa", "backends", "peers") for x in ("--with", group)]
     compiled = ["--quick", "--with", "compile"]
     kinds = (("", groups, 60), (" torch.compile", compiled, 75))
-    first = ("overhead", "attention_grid", "bandwidth", "attention", "attention_kvcache")
-    names = [*first, *(name for name in cases.names() if name not in first)]
+    names = [*FIRST, *(name for name in cases.names() if name not in FIRST)]
     return [
         Unit(op + kind, partial(bench_command, [op, *options]), seconds, read_bench)
         for kind, options, seconds in kinds
         for op in names
     ]
+
+
+# ---- tune ----------------------------------------------------------------------------------------
+
+TUNED = ("attention_grid", "bandwidth", "attention_kvcache", "rope")
+
+
+def read_tune(record: dict[str, Any], text: str, status: int | None) -> str:
+    record["found"] = re.findall(r"^(\w+ \(.*\): .*)$", text, re.MULTILINE)
+    return plain(record, text, status)
+
+
+def tune_units() -> list[Unit]:
+    jobs = max(1, (os.cpu_count() or 1) - 1)
+    environment = {"LLMOPS_TUNED": str(gpu_run.STATE / "tuned.json")}
+    units = []
+    for op in TUNED:
+        command = [python(), "-m", "llmops", "tune", op, "--jobs", str(jobs)]
+        units.append(Unit(op, partial(always, command), 200, read_tune, environment))
+    return units
 
 
 # ---- summary -------------------------------------------------------------------------------------
@@ -235,13 +176,16 @@ def summary(names: Iterable[str]) -> dict[str, Any]:
     return {"format": 2, "machine": machine, "tree": gpu_run.tree(), "runs": runs, "stages": stages}
 
 
+WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
 STAGES = (
     Stage("install", 5.0, install_units),
-    Stage("correctness", 4.0, test_units, workers=max(1, min(14, (os.cpu_count() or 1) - 2))),
+    Stage("correctness", 4.0, gpu_tests.test_units, workers=WORKERS),
+    Stage("compile", 1.5, compile_units, workers=WORKERS),
     Stage("bench", 5.0, bench_units),
+    Stage("tune", 9.0, tune_units),
     Stage("sanitize", 9.0, lambda: list(gpu_sanitize.units(python()))),
 )
-USUAL = "install,correctness,bench"
+USUAL = "install,correctness,compile,bench"
 
 
 def work(

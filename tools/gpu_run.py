@@ -11,6 +11,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +46,15 @@ class Stage:
     minutes: float
     units: Callable[[], list[Unit]]
     workers: int = 1  # units at a time
+
+
+def python() -> str:
+    """The interpreter of the later stages: this one, or the venv where it must stay as it is."""
+    managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    inside = sys.prefix != sys.base_prefix
+    if managed.exists() and not inside:
+        return str(STATE / "venv/bin/python")
+    return sys.executable
 
 
 def tree() -> str:
@@ -137,6 +148,11 @@ def go(stage: Stage, end: float, out: Path, keep: bool = False, only: str = "") 
         record["state"] = "passed" if all(s == "passed" for s in states) else "failed"
     save(stage.name, record, out)
     return record
+
+
+def always(command: list[str], record: dict[str, Any]) -> list[str]:
+    """A unit's command that does not look at its record."""
+    return command
 
 
 def plain(record: dict[str, Any], text: str, status: int | None) -> str:

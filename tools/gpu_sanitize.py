@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_run import ROOT, Unit
+from gpu_run import ROOT, Unit, always
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 77  # exit status where a tool has something to report
@@ -38,10 +38,6 @@ def executable() -> str:
     return found
 
 
-def _same(command: list[str], record: dict[str, Any]) -> list[str]:
-    return command
-
-
 def read(record: dict[str, Any], text: str, status: int | None) -> str:
     """What a tool reported; a test file without a test of these kernels is no success."""
     record["reports"] = [line for line in text.splitlines() if line.startswith("=========")][:40]
@@ -61,4 +57,4 @@ def units(python: str) -> Iterator[Unit]:
             command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND)]
             command += ["--target-processes", "all", python, "-m", "pytest", "-q", "-x"]
             command += ["-p", "no:cacheprovider", "-k", WANTED, str(file.relative_to(ROOT))]
-            yield Unit(f"{tool} {file.stem}", partial(_same, command), SECONDS, read)
+            yield Unit(f"{tool} {file.stem}", partial(always, command), SECONDS, read)

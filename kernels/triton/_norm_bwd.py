@@ -223,9 +223,8 @@ def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config
                     yield {"ROWS": rows, "BLOCK": block, "PER_PROCESSOR": many}
         return
     for config in _rows.tiles(n, most=1024):
-        for hold in (False, True):
-            for many in (1, 2):
-                yield {**config, "HOLD": hold, "PER_PROCESSOR": many}
+        for hold, stages, many in ((False, 1, 2), (False, 3, 2), (False, 3, 4), (True, 2, 2)):
+            yield {**config, "HOLD": hold, "STAGES": stages, "PER_PROCESSOR": many}
 
 
 def backward(

@@ -147,8 +147,9 @@ def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config
     if key[0] <= _rows.LONGEST:
         yield from _rows.tiles(key[0])
         return
+    # With 32 warps one row is in flight on a processor: its second reading may come from the cache.
     for block in (4096, 8192, 16384):
-        for warps in (8, 16):
+        for warps in (8, 16, 32):
             yield {"BLOCK": block, "num_warps": warps}
 
 

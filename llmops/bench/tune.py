@@ -2,15 +2,22 @@
 
 The cases of `llmops bench` are run; each (op, key) whose configuration they ask for, and for which
 the op's file of llmops.kernels.triton has `candidates(op, key)`, is searched once. A candidate must
-give the right result first; those that do are timed in turn, and one that beats the table by more
-than GAIN is kept in a file that later processes read (environment variable LLMOPS_TUNED).
+give the right result first; those that do are timed once, those near the fastest then in turn, and
+one that beats the table by more than GAIN is kept in a file that later processes read (environment
+variable LLMOPS_TUNED).
+
+What takes longest is Triton's compiler, one core a kernel: with --jobs so many processes compile
+the candidates first, each its share, and the search finds them in Triton's cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,11 +30,15 @@ from llmops.bench.harness import Case, compare, outcome
 
 GAIN = 0.02
 ROUNDS = 7
+WITHIN = 1.3  # of the fastest's time: who takes longer once takes no part in the rounds
 Time = Callable[[Callable[[], Any], int], float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", help="as of llmops bench; all where none is named")
+    add = parser.add_argument
+    add("ops", nargs="*", help="as of llmops bench; all where none is named")
+    add("--jobs", type=int, default=1, help="processes that compile candidates first (1: none)")
+    add("--share", metavar="K/N", help=argparse.SUPPRESS)  # compile the K-th of every N, no more
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,20 +48,34 @@ def run(arguments: argparse.Namespace) -> int:
     from llmops.kernels.triton import _config
 
     with use_backend("triton"):
-        found = search(cases.collect(arguments.ops, device="cuda"))
+        collected = cases.collect(arguments.ops, device="cuda")
+        if arguments.share:
+            compile_share(collected, *map(int, arguments.share.split("/")))
+            return 0
+        if arguments.jobs > 1:
+            _compile_all(arguments.ops, arguments.jobs)
+        found = search(collected)
     _config.save(found)
     count = sum(map(len, found.values()))
     print(f"{count} configurations better than the tables' in {_config.file()}")
     return 0
 
 
-def search(
-    collected: Iterable[Case], time: Time = timed, show: Callable[[str], None] = print
-) -> dict[str, dict[Any, Any]]:
-    """op -> key -> the configuration that is faster than what is used now."""
+def _compile_all(ops: list[str], jobs: int) -> None:
+    command = [sys.executable, "-m", "llmops", "tune", *ops, "--share"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, f"{k}/{jobs}"], env=environment, stderr=subprocess.DEVNULL)
+        for k in range(jobs)
+    ]
+    for process in running:
+        process.wait()
+
+
+def _asked(collected: Iterable[Case]) -> Iterable[tuple[Case, str, Any, list[dict[str, Any]]]]:
+    """Each (op, key) that the cases ask for a configuration of, once, with what may be tried."""
     from llmops.kernels.triton import _config
 
-    found: dict[str, dict[Any, Any]] = {}
     done: set[tuple[str, Any]] = set()
     for case in collected:
         if case.in_place:
@@ -59,13 +84,40 @@ def search(
             case.ours()
         for op, key in dict.fromkeys(seen):
             options = candidates(op, key)
-            if (op, key) in done or not options:
+            if (op, key) not in done and options:
+                done.add((op, key))
+                yield case, op, key, options
+
+
+def compile_share(collected: Iterable[Case], k: int, n: int) -> int:
+    """Runs the k-th of every n candidates once; the number of those that ran."""
+    from llmops.kernels.triton import _config
+
+    at = ran = 0
+    for case, op, _, options in _asked(collected):
+        for option in options:
+            at += 1
+            if at % n != k:
                 continue
-            done.add((op, key))
-            best, gain = fastest(case, op, options, time)
-            show(f"{op} {key}: {'the table' if best is None else f'{best}, {gain:.2f}x'}")
-            if best is not None:
-                found.setdefault(op, {})[key] = best
+            try:
+                with _config.override(op, **option):
+                    case.ours()
+                ran += 1
+            except Exception:  # too large for this device: the search will see it, too
+                continue
+    return ran
+
+
+def search(
+    collected: Iterable[Case], time: Time = timed, show: Callable[[str], None] = print
+) -> dict[str, dict[Any, Any]]:
+    """op -> key -> the configuration that is faster than what is used now."""
+    found: dict[str, dict[Any, Any]] = {}
+    for case, op, key, options in _asked(collected):
+        best, gain = fastest(case, op, options, time)
+        show(f"{op} {key}: {'the table' if best is None else f'{best}, {gain:.2f}x'}")
+        if best is not None:
+            found.setdefault(op, {})[key] = best
     return found
 
 
@@ -91,6 +143,12 @@ def fastest(
         except Exception:  # too large for this device, or wrong: no candidate
             continue
         right.append(option)
+    once: list[float] = []
+    for option in right:
+        with _config.override(op, **option):
+            once.append(time(case.ours, 2))
+    slowest = WITHIN * min(once)
+    right = right[:1] + [o for o, t in zip(right, once, strict=True) if t <= slowest and o]
     times: list[list[float]] = [[] for _ in right]
     for turn in range(ROUNDS):
         for i in range(len(right)):
