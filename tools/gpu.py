@@ -5,8 +5,8 @@
                   long is not the GPU but Triton's compiler, one core a process
     compile       Triton's kernels of the benchmarks, a share to each core
     bench         `llmops bench --device cuda`, one op after the other, then beside torch.compile
-    tune          where --stages names it: `llmops tune`, compiled by all cores; what it finds is kept
-                  in build/gpu/tuned.json and takes part in nothing else
+    tune          where --stages names it: `llmops tune`, compiled by all cores; what it finds is
+                  kept in build/gpu/tuned.json and takes part in nothing else
     sanitize      where --stages names it: the CUDA kernels under compute-sanitizer
     summary       one JSON of all this
 
