@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import cdiv, launch
+from llmops.kernels.triton._launch import all_registers, cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from llmops.kernels.triton.cross_entropy import (
     MEAN,
@@ -80,7 +80,8 @@ def cross_entropy_bwd_kernel(
     blocks = tl.cdiv(n, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     row = (program // blocks * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (program % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    start = program % blocks * BLOCK
+    lane = tl.arange(0, BLOCK)[None, :]
     t, kept, valid = targets(target, row, rows, n, ignore_index)
     # What fp32 drops of lse is a factor of all exponentials, 1 - low: it goes into a.
     exact = tl.load(lse + row, mask=valid, other=0.0)
@@ -114,11 +115,13 @@ def cross_entropy_bwd_kernel(
     b = b.to(tl.float32)
     c = tl.where(valid, c.to(tl.float32), 0.0)
     rest = rest.to(tl.float32)
-    t = tl.where(valid, t, -1)
-    inside = (row < rows) & (column < n)
-    begin = begin_of(row, size_b, size_c, x_a, x_b, x_c)
-    z = tl.load(x + begin + column * x_n, mask=inside & valid, other=0.0).to(tl.float32)
-    d = tl.sum(tl.where(column == t, z, 0.0), 1)[:, None] - high  # of the target, if it is here
+    # Places in the block in 32 bits: of 64 a comparison per element takes two.
+    here = lane == tl.where(valid & (t >= start) & (t < start + BLOCK), t - start, -1).to(tl.int32)
+    inside = (row < rows) & (lane < tl.minimum(n - start, BLOCK).to(tl.int32))
+    begin = begin_of(row, size_b, size_c, x_a, x_b, x_c) + start * x_n
+    at = begin + lane.to(tl.int64) * x_n
+    z = tl.load(x + at, mask=inside & valid, other=0.0).to(tl.float32)
+    d = tl.sum(tl.where(here, z, 0.0), 1)[:, None] - high  # of the target, if it is here
     at_target = scale * tl.exp(d) - b
     value = scale * tl.exp(z - high)
     if SMOOTH:
@@ -126,11 +129,11 @@ def cross_entropy_bwd_kernel(
         if weight is None:
             value -= c
         else:
-            value -= c * tl.load(weight + column, mask=column < n, other=0.0)
+            value -= c * tl.load(weight + start + lane, mask=start + lane < n, other=0.0)
     # a e - b - c w = a (e - 1) + rest: where the model is sure, e is 1 but for its rounding.
     at_target = tl.where(d > -0.5, a * _expm1(d - low) + rest, at_target)
-    value = tl.where(column == t, at_target, value)
-    tl.store(dx + row * n + column, value.to(dx.dtype.element_ty), mask=inside)
+    value = tl.where(here, at_target, value)
+    tl.store(dx + row * n + start + lane, value.to(dx.dtype.element_ty), mask=inside)
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -209,5 +212,5 @@ def _backward(
         grad.contiguous(), None if grad_lse is None else grad_lse.contiguous(), source, ids,
         weight, lse.contiguous(), scales, dx, rows, n, *where, last, ignore_index,
         label_smoothing, share_of_each(label_smoothing, n), z_loss,
-        SMOOTH=smooth, ROWWISE=reduction == NONE, **config,
+        SMOOTH=smooth, ROWWISE=reduction == NONE, **config, **all_registers(config["num_warps"]),
     )  # fmt: skip
