@@ -266,3 +266,25 @@ def test_triton_refuses_on_hopper_what_was_wrong_there(monkeypatch: pytest.Monke
     assert served(False, torch.bfloat16, 33, 20) == served(True, torch.float32, 33, 20) == {True}
     for dim, dim_v in ((64, 64), (33, 33), (24, 17), (8, 6), (80, 48), (192, 128)):
         assert served(True, torch.bfloat16, dim, dim_v) == {True}
+
+
+def test_cuda_serves_what_triton_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under "auto", where both can run: Triton first, CUDA C++ for what Triton refuses."""
+    from llmops.backends import cuda
+
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    monkeypatch.setattr(cuda, "SIMULATED", False)
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(backend, "DEVICE", "cuda")
+    monkeypatch.setattr(backend, "_on_hopper", lambda: True)
+    plain = dispatch.Call("attention", "cuda", torch.bfloat16)
+    unlike = plain._replace(features=("head dimensions of unlike widths",))
+
+    def chosen(call: dispatch.Call, triton: str | None) -> str | None:
+        monkeypatch.setattr(backend, "available", lambda: triton)
+        return dispatch.decide(call).backend
+
+    assert chosen(plain, None) == "triton" and chosen(unlike, None) == "cuda"
+    assert chosen(plain, "not installed") == "cuda"
+    assert chosen(plain._replace(dtype=torch.float32), "not installed") == "reference"
+    assert chosen(unlike._replace(op="attention_varlen"), None) == "reference"
