@@ -186,20 +186,34 @@ __global__ void __launch_bounds__(kBlock<kThreads>, 1)
     const float scale = static_cast<float>(a * (1.0 - static_cast<double>(low)));
     const float each = static_cast<float>(c);
     T::read(p.x, place_of(p.x, row) + begin, n, p.wide, thread, v, 0.0f);
+    // The target's element is taken out and put back: what is computed for it alone is once in the
+    // program, not once for each element it may be.
+    const int64_t ahead = t.at - begin;
+    const int target = ahead >= 0 && ahead < T::kElements ? static_cast<int>(ahead) : -1;
+    bool mine = false;
+    float at_target = 0.0f;
 #pragma unroll
     for (int i = 0; i < T::kHeld; ++i) {
-      const int64_t column = begin + T::column(p.wide, thread, i);
-      const float d = v[i] - high;
+      if (T::column(p.wide, thread, i) == target) mine = true, at_target = v[i];
       v[i] = scale * exponential(v[i], high);
-      if (column >= p.n) continue;
-      if (p.smoothing > 0.0) v[i] -= p.weight ? each * load(p.weight + column) : each;
-      if (column != t.at) continue;
+    }
+    if (mine) {
+      const float d = at_target - high;
       // a e - b - c w = a (e - 1) + rest: where the model is sure, e is 1 but for its rounding.
-      if (d > -0.5f) {
-        v[i] = fmaf(static_cast<float>(a), expm1f(d - low), static_cast<float>(rest));
-      } else {
-        v[i] -= static_cast<float>(b);
-      }
+      at_target = d > -0.5f ? fmaf(static_cast<float>(a), expm1f(d - low), static_cast<float>(rest))
+                            : scale * exponential(at_target, high) - static_cast<float>(c * own) -
+                                  static_cast<float>(b);
+    }
+    if (p.smoothing > 0.0) {
+      T::each(p.wide, thread, T::within(n), [&](int i) {
+        const int64_t column = begin + T::column(p.wide, thread, i);
+        v[i] -= p.weight ? each * load(p.weight + column) : each;
+      });
+    }
+    if (mine) {
+#pragma unroll
+      for (int i = 0; i < T::kHeld; ++i)
+        if (T::column(p.wide, thread, i) == target) v[i] = at_target;
     }
     T::write(f.dx, place_of(f.dx, row) + begin, n, p.wide, thread, v);
   });

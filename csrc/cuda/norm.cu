@@ -95,13 +95,11 @@ __device__ __forceinline__ void long_means(const NormForward& p, int64_t x_at, i
   for (int64_t begin = 0; begin < p.n; begin += T::kElements) {
     float v[T::kHeld];
     summed<T>(p, x_at + begin, residual_at + begin, p.n - begin, thread, v);
-#pragma unroll
-    for (int i = 0; i < T::kHeld; ++i) {
-      if (T::column(p.wide, thread, i) >= p.n - begin) continue;
+    T::each(p.wide, thread, T::within(p.n - begin), [&](int i) {
       const float d = v[i] - shift;
       means[0] += d;
       means[1] = fmaf(d, d, means[1]);
-    }
+    });
   }
   row_sums<kLongThreads>(means);
   means[0] /= static_cast<float>(p.n);

@@ -34,7 +34,7 @@ __device__ __forceinline__ void combined(const Rows& r, int64_t at, int64_t n, i
   }
 }
 
-// d in place of h, 0 from n on; gives rstd.
+// d in place of h, which is 0 from n on and stays so; gives rstd.
 template <int kThreads, int kHeld>
 __device__ __forceinline__ float deviations(float (&d)[kHeld], int64_t n, bool wide, bool centered,
                                             float eps, int thread) {
@@ -46,11 +46,10 @@ __device__ __forceinline__ float deviations(float (&d)[kHeld], int64_t n, bool w
 #pragma unroll
     for (int i = 0; i < T::kHeld; ++i) sum += d[i];
     const float mean = row_sum<kThreads>(sum) / count;
-#pragma unroll
-    for (int i = 0; i < T::kHeld; ++i) {
-      d[i] = T::column(wide, thread, i) < n ? d[i] - mean : 0.0f;
+    T::each(wide, thread, T::within(n), [&](int i) {
+      d[i] -= mean;
       sums[0] += d[i];
-    }
+    });
   }
 #pragma unroll
   for (int i = 0; i < T::kHeld; ++i) sums[1] = fmaf(d[i], d[i], sums[1]);
@@ -60,9 +59,7 @@ __device__ __forceinline__ float deviations(float (&d)[kHeld], int64_t n, bool w
     const float left = sums[0] / count;  // the first mean's rounding
     // Not fmaxf, which would give 0 for NaN.
     square = square - left * left < 0.0f ? 0.0f : square - left * left;
-#pragma unroll
-    for (int i = 0; i < T::kHeld; ++i)
-      if (T::column(wide, thread, i) < n) d[i] -= left;
+    T::each(wide, thread, T::within(n), [&](int i) { d[i] -= left; });
   }
   return rstd_of(square, eps);
 }
@@ -82,8 +79,12 @@ template <int kMost, class F>
 void with_norm_threads(int64_t n, const F& f) {
   if (n <= Tile<32>::kElements) {
     f(Constant<32>{});
+  } else if (n <= Tile<64>::kElements) {
+    f(Constant<64>{});
   } else if (n <= Tile<128>::kElements) {
     f(Constant<128>{});
+  } else if (n <= Tile<256>::kElements) {
+    f(Constant<256>{});
   } else {
     f(Constant<kMost>{});
   }

@@ -23,13 +23,14 @@ __device__ __forceinline__ void logits(const SoftmaxForward& p, int64_t row, int
                                        int64_t valid, int thread, float (&z)[Tile::kHeld]) {
   const int64_t at = place_of(p.x, row) + begin, left = valid - begin;
   Tile::read(p.x, at, left, p.wide, thread, z, -INFINITY);
-  const int64_t mask_at = p.mask.data ? place_of(p.mask, row) : 0;
+  const int limit = Tile::within(left);
+  Tile::each(p.wide, thread, limit, [&](int i) { z[i] *= p.scale; });
+  if (!p.mask.data) return;
+  const int64_t mask_at = place_of(p.mask, row);
 #pragma unroll
   for (int i = 0; i < Tile::kHeld; ++i) {
-    const int64_t column = Tile::column(p.wide, thread, i);
-    if (column >= left) continue;
-    z[i] *= p.scale;
-    if (!p.mask.data) continue;
+    const int column = Tile::column(p.wide, thread, i);
+    if (column >= limit) continue;
     const float m = element(p.mask, mask_at + (begin + column) * p.mask.step);
     if (p.mask.type != kBool) {
       z[i] += m;
@@ -63,10 +64,11 @@ __global__ void __launch_bounds__(kBlock<kThreads>, 1) softmax_fwd_kernel(Softma
     top = row_max<kThreads>(top);
     // Nothing left: zeros, where -inf - -inf would be NaN. Without a mask NaN is the answer.
     if (may_be_empty && top == -INFINITY) top = 0.0f;
+    // Beyond n: exp(-inf), 0 but where the maximum is -inf, in a row that is NaN in any case.
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < T::kHeld; ++i) {
-      z[i] = T::column(p.wide, thread, i) < p.n ? exponential(z[i], top) : 0.0f;
+      z[i] = exponential(z[i], top);
       sum += z[i];
     }
     sum = row_sum<kThreads>(sum);

@@ -27,24 +27,43 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// f over what the warps left, in their order; four of them by one access.
+template <int kWarps, class F>
+__device__ __forceinline__ float joined(const float* parts, const F& f) {
+  const float4* fours = reinterpret_cast<const float4*>(parts);
+  const float4 first = fours[0];
+  float v = f(first.x, first.y);
+  if constexpr (kWarps > 2) v = f(f(v, first.z), first.w);
+#pragma unroll
+  for (int i = 1; i < kWarps / 4; ++i) {
+    const float4 x = fours[i];
+    v = f(f(f(f(v, x.x), x.y), x.z), x.w);
+  }
+  return v;
+}
+template <int kWarps, class F>
+__device__ __forceinline__ double joined(const double* parts, const F& f) {
+  double v = parts[0];
+  for (int w = 1; w < kWarps; ++w) v = f(v, parts[w]);
+  return v;
+}
+
 // Several sums behind one pair of barriers.
 template <int kThreads, int kSums, class T>
 __device__ __forceinline__ void row_sums(T (&v)[kSums]) {
 #pragma unroll
   for (int k = 0; k < kSums; ++k) v[k] = warp_sum(v[k]);
   if constexpr (kThreads > 32) {
-    constexpr int kWarps = kThreads / 32;
-    LLMOPS_SHARED(float, parts, kSums* kWarps);
+    constexpr int kWarps = kThreads / 32, kEach = kWarps < 4 ? 4 : kWarps;  // 16 bytes each
+    LLMOPS_SHARED(T, parts, kSums * kEach);
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int k = 0; k < kSums; ++k) parts[k * kWarps + threadIdx.x / 32] = v[k];
+      for (int k = 0; k < kSums; ++k) parts[k * kEach + threadIdx.x / 32] = v[k];
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      v[k] = parts[k * kWarps];
-      for (int w = 1; w < kWarps; ++w) v[k] += parts[k * kWarps + w];
-    }
+    for (int k = 0; k < kSums; ++k)
+      v[k] = joined<kWarps>(parts + k * kEach, [](T a, T b) { return a + b; });
     __syncthreads();  // the next sums write parts
   }
 }
@@ -59,11 +78,10 @@ template <int kThreads>
 __device__ __forceinline__ float row_max(float v) {
   v = warp_max(v);
   if constexpr (kThreads > 32) {
-    LLMOPS_SHARED(float, parts, kThreads / 32);
+    LLMOPS_SHARED(float, parts, kThreads / 32 < 4 ? 4 : kThreads / 32);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
     __syncthreads();
-    v = parts[0];
-    for (int w = 1; w < kThreads / 32; ++w) v = fmaxf(v, parts[w]);
+    v = joined<kThreads / 32>(parts, [](float a, float b) { return fmaxf(a, b); });
   }
   return v;
 }
@@ -148,9 +166,29 @@ struct Tile {
   static constexpr int kHeld = 8 * kChunks;
   static constexpr int kElements = kThreads * kHeld;
 
-  // The column, from the tile's first, of a thread's element.
+  // The column, from the tile's first, of a thread's element; it grows with i.
   __device__ static __forceinline__ int column(bool wide, int thread, int i) {
     return wide ? (i / 8 * kThreads + thread) * 8 + i % 8 : i * kThreads + thread;
+  }
+
+  // How many of n columns, from the tile's first, are in the tile: 64-bit comparisons with n itself
+  // would be two instructions an element.
+  __device__ static __forceinline__ int within(int64_t n) {
+    return n < 0 ? 0 : (n < kElements ? static_cast<int>(n) : kElements);
+  }
+
+  // f(i) of the elements in columns below `limit`; where that is all of a thread's, as it is of
+  // nearly every thread, nothing is compared for each.
+  template <class F>
+  __device__ static __forceinline__ void each(bool wide, int thread, int limit, const F& f) {
+    if (column(wide, thread, kHeld - 1) < limit) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) f(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (column(wide, thread, i) < limit) f(i);
+    }
   }
 
   // v = the elements of [0, n) from `at` on, `other` outside.
@@ -158,54 +196,57 @@ struct Tile {
                                               int thread, float (&v)[kHeld], float other) {
     const float* from_32 = static_cast<const float*>(r.data) + at;
     const uint16_t* from_16 = static_cast<const uint16_t*>(r.data) + at;
-    const bool bf16 = r.type == kBf16;
+    const int limit = within(n);
+    // Of wide rows a chunk that begins inside is read whole: they are a multiple of eight long, and
+    // what is read beyond n is still the row's.
     if (wide && r.type == kF32) {
-      // Rows are a multiple of eight long: what is read beyond n is still the row's.
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (column(true, thread, 8 * c) < n)
-          load_8(from_32 + column(true, thread, 8 * c), v + 8 * c);
+      chunks(thread, limit, [&](int c, int first) { load_8(from_32 + first, v + 8 * c); });
+    } else if (wide && r.type == kBf16) {
+      chunks(thread, limit, [&](int c, int first) { load_8(from_16 + first, true, v + 8 * c); });
     } else if (wide) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (column(true, thread, 8 * c) < n)
-          load_8(from_16 + column(true, thread, 8 * c), bf16, v + 8 * c);
+      chunks(thread, limit, [&](int c, int first) { load_8(from_16 + first, false, v + 8 * c); });
     } else if (r.type == kF32) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        if (column(false, thread, i) < n) v[i] = load(from_32 + column(false, thread, i));
+        if (column(false, thread, i) < limit) v[i] = load(from_32 + column(false, thread, i));
     } else {
+      const bool bf16 = r.type == kBf16;
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        if (column(false, thread, i) < n)
+        if (column(false, thread, i) < limit)
           v[i] = widened(load(from_16 + column(false, thread, i)), bf16);
     }
+    if (column(wide, thread, kHeld - 1) < limit) return;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-      if (column(wide, thread, i) >= n) v[i] = other;
+      if (column(wide, thread, i) >= limit) v[i] = other;
   }
 
   __device__ static __forceinline__ void write(const Rows& r, int64_t at, int64_t n, bool wide,
                                                int thread, const float (&v)[kHeld]) {
     float* to_32 = static_cast<float*>(r.data) + at;
     uint16_t* to_16 = static_cast<uint16_t*>(r.data) + at;
-    const bool bf16 = r.type == kBf16;
-    if (wide) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int first = column(true, thread, 8 * c);
-        if (first >= n) continue;
-        if (r.type == kF32) {
-          store_8(to_32 + first, v + 8 * c);
-        } else {
-          store_8(to_16 + first, bf16, v + 8 * c);
-        }
-      }
+    const int limit = within(n);
+    if (wide && r.type == kF32) {
+      chunks(thread, limit, [&](int c, int first) { store_8(to_32 + first, v + 8 * c); });
+    } else if (wide && r.type == kBf16) {
+      chunks(thread, limit, [&](int c, int first) { store_8(to_16 + first, true, v + 8 * c); });
+    } else if (wide) {
+      chunks(thread, limit, [&](int c, int first) { store_8(to_16 + first, false, v + 8 * c); });
     } else {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        if (column(false, thread, i) < n) set_element(r, at + column(false, thread, i), v[i]);
+        if (column(false, thread, i) < limit) set_element(r, at + column(false, thread, i), v[i]);
     }
+  }
+
+ private:
+  // f(c, column) of the chunks that begin below `limit`.
+  template <class F>
+  __device__ static __forceinline__ void chunks(int thread, int limit, const F& f) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (column(true, thread, 8 * c) < limit) f(c, column(true, thread, 8 * c));
   }
 };
 
@@ -227,8 +268,12 @@ template <class F>
 void with_threads(int64_t n, const F& f) {
   if (n <= Tile<32>::kElements) {
     f(Constant<32>{});
+  } else if (n <= Tile<64>::kElements) {
+    f(Constant<64>{});
   } else if (n <= Tile<128>::kElements) {
     f(Constant<128>{});
+  } else if (n <= Tile<256>::kElements) {
+    f(Constant<256>{});
   } else if (n <= Tile<512>::kElements) {
     f(Constant<512>{});
   } else {
