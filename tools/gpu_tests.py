@@ -64,28 +64,28 @@ def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[s
 
 # Rows 2^31 elements apart are tens of GiB on a GPU: one process has all of these, after another.
 FAR, NEAR = "far_strides", "not far_strides"
-# Units of the files whose tests take longest: attention's kernels are many and slow to compile,
-# and so is what torch.compile makes of every op.
+# Units of attention's own file: its kernels are many and slow to compile.
 CHECKS = ("matches_reference", "gradients", f"not (matches_reference or gradients) and {NEAR}")
-PARTS = {
-    "test_attention": [f"{d} and {c}" for c in CHECKS for d in ("bf16", "fp32", "fp16")]
-    + ["not (bf16 or fp32 or fp16)"],
-    "test_device": ["not compiles", "compiles"],
-}
+ATTENTION = [f"{d} and {c}" for c in CHECKS for d in ("bf16", "fp32", "fp16")]
+ATTENTION += ["not (bf16 or fp32 or fp16)"]
 
 
 def test_units() -> list[Unit]:
-    """Graphs, streams and compile of every op; then the files that take in the conformance kit."""
+    """Graphs and streams of every op, then the files that take in the conformance kit, those that
+    take longest behind the others, and last what torch.compile makes of each."""
     from llmops.backends import triton
 
     tests = gpu_run.ROOT / "tests"
     texts = {f: f.read_text() for f in sorted(tests.glob("test_*.py"))}
     served = triton.PASSES.keys() - {"scaled_dot_product_attention"}  # it calls attention
     kit = [f for f in texts if "suite(" in texts[f] and f.stem[5:] in served]
-    files = [tests / "test_device.py", tests / "test_attention.py", *kit]
+    files = [f for f in kit if not f.stem.startswith("test_attention")]
     files += [f for f in texts if 'targets("' in texts[f] and "suite(" not in texts[f]]
-    wanted = [([f], only) for f in dict.fromkeys(files) for only in PARTS.get(f.stem, [NEAR])]
-    wanted.insert(1, (kit, FAR))
+    files += [f for f in kit if f.stem.startswith("test_attention_")]
+    wanted = [([f], NEAR) for f in dict.fromkeys(files)]
+    wanted += [([tests / "test_attention.py"], only) for only in ATTENTION]
+    device = tests / "test_device.py"
+    wanted = [([device], "not compiles"), (kit, FAR), *wanted, ([device], "compiles")]
     units = []
     for chosen, only in wanted:
         name = ("kit" if len(chosen) > 1 else chosen[0].stem) + f" {only}" * (only != NEAR)
