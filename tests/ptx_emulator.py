@@ -2,10 +2,10 @@
 own lowering, is in it (layouts, swizzles, masks, matrix products by register fragments), and only
 the assembler's work is not.
 
-A block at a time, its threads in step as vectors of numpy; a branch must be the same for all of
-them. Every access must be aligned and inside one tensor, or inside shared memory, which begins as
-NaN; asynchronous copies land when they are waited for. Covers the instructions of the kernels that
-tests/test_triton_ptx.py runs; another one ends the run by its name.
+A block at a time, its threads as vectors of numpy; of threads that branched apart those behind go
+first, until they meet. Every access must be aligned and inside one tensor, or inside shared memory,
+which begins as NaN; asynchronous copies land when they are waited for. Covers the instructions of
+the kernels that tests/test_triton_ptx.py runs; another one ends the run by its name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Block:
             return self.registers[name]
         if name == "global_smem":
             return np.full(self.threads, BASE, kind)
-        number = int(name[2:], 16) if name[:2] in ("0f", "0d") else int(name, 0)
+        number = int(name[2:], 16) if name[:2] in ("0f", "0d") else int(name.rstrip("U"), 0)
         return np.full(self.threads, number & ((1 << width) - 1), kind)
 
     def set(self, name: str, value: Value) -> None:
@@ -179,20 +179,21 @@ class Block:
         width = int(re.sub(r"\D", "", to))
         return x.astype(np.int64).astype(UNSIGNED[width])
 
-    def step(self, text: str) -> str | None:
-        """One instruction; where it goes on, if not at the next."""
+    def step(self, text: str, active: Value) -> str | None:
+        """One instruction of some threads; where those of the mask go on, if not at the next."""
         found = re.match(r"@(!?)(%p\d+)\s+(.*)$", text)
-        self.mask = np.ones(self.threads, bool)
+        self.mask = active
         if found:
-            self.mask = ~self.registers[found[2]] if found[1] else self.registers[found[2]]
+            holds = self.registers[found[2]]
+            self.mask = active & (~holds if found[1] else holds)
             text = found[3]
         full, _, rest = text.replace("\t", " ").partition(" ")
         parts, rest = full.split("."), rest.strip()
         op, given = parts[0], [x.strip() for x in rest.split(",")]
         if op == "bra":
-            if self.mask.any() and not self.mask.all():
-                raise AssertionError(f"{text}: some threads go and some do not")
-            return given[0] if self.mask.all() else None
+            return given[0]
+        if full.startswith(TOGETHER) and not active.all():
+            raise AssertionError(f"{text}: not all threads are here")
         if op in ("bar", "fence", "membar") or full.startswith(WAITS):
             return None
         if full.startswith("wgmma.mma_async"):
@@ -213,15 +214,16 @@ class Block:
             self.set(given[0], self.parameter(index, 64 if given[0].startswith("%rd") else 32))
         elif op in ("ld", "st"):
             self.move(op, parts[1].split("::")[0], int(re.sub(r"\D", "", parts[-1])), rest)
-        elif op == "mov" and rest.startswith("{"):
-            names = re.match(r"\{([^,]*),([^}]*)\},\s*(\S+)", rest)
-            assert names, rest
-            word = self.get(names[3], 32)
-            self.set(names[1].strip(), word.astype(np.uint16))
-            self.set(names[2].strip(), (word >> 16).astype(np.uint16))
         elif op == "mov" and "{" in rest:
-            low, high = (self.get(x.strip(" {}"), 16) for x in given[1:])
-            self.set(given[0], low.astype(np.uint32) | high.astype(np.uint32) << 16)
+            width = int(parts[-1][1:])
+            whole, half = UNSIGNED[width], UNSIGNED[width // 2]
+            if rest.startswith("{"):
+                word = self.get(given[2], width)
+                self.set(given[0][1:].strip(), word.astype(half))
+                self.set(given[1][:-1].strip(), (word >> whole(width // 2)).astype(half))
+            else:
+                low, high = (self.get(x.strip(" {}"), width // 2) for x in given[1:])
+                self.set(given[0], low.astype(whole) | high.astype(whole) << whole(width // 2))
         elif parts[-1] == "pred":
             x = [self.get(g, 32).astype(bool) for g in given[1:]]
             self.set(given[0], {"mov": lambda a: a, "not": lambda a: ~a, **LOGIC}[op](*x))
@@ -250,26 +252,36 @@ class Block:
     def parameter(self, index: int, width: int) -> Value:
         value = self.arguments[index] if index < len(self.arguments) else 0  # scratch: none
         if isinstance(value, float):
-            return np.full(self.threads, np.float32(value).view(np.uint32), np.uint32)
+            kind = np.float64 if width == 64 else np.float32
+            return np.full(self.threads, value, kind).view(UNSIGNED[width])
         return np.full(self.threads, value & ((1 << width) - 1), UNSIGNED[width])
 
     def run(self, index: tuple[int, int, int]) -> None:
-        self.index, at, lines = index, 0, self.program.lines
+        self.index, lines = index, self.program.lines
+        at = np.zeros(self.threads, np.int64)
         with np.errstate(all="ignore"):
-            while lines[at] != "ret":
+            while True:
+                here = int(at.min())
+                if lines[here] == "ret":
+                    return
+                active = at == here
                 try:
-                    to = self.step(lines[at])
+                    to = self.step(lines[here], active)
                 except KeyError as missing:
-                    raise NotImplementedError(
-                        f"{lines[at]}: the emulator lacks {missing}"
-                    ) from None
-                at = at + 1 if to is None else self.program.labels[to]
+                    name = f"{lines[here]}: the emulator lacks {missing}"
+                    raise NotImplementedError(name) from None
+                at[active] = here + 1
+                if to is not None:
+                    at[self.mask] = self.program.labels[to]
 
 
+TOGETHER = ("bar", "wgmma", "mma", "ldmatrix", "stmatrix", "shfl", "cp.async.wait")
 WAITS = ("wgmma.fence", "wgmma.commit", "wgmma.wait", "griddepcontrol")
 LOGIC = {"and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b}
 COMPARE: dict[str, Any] = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b), "equ": lambda a, b: ~((a < b) | (a > b)),
     "eq": np.equal, "ne": lambda a, b: (a != b) & (a == a) & (b == b), "neu": np.not_equal,
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
@@ -292,14 +304,15 @@ class Program:
         found = re.search(r"\.reqntid (\d+)", ptx)
         assert found, "no number of threads"
         self.threads = int(found[1])
-        for line in ptx[ptx.index(".reqntid") :].splitlines()[2:]:
-            text = line.split("//")[0].strip().rstrip(";")
+        body = ptx[ptx.index("{", ptx.index(".reqntid")) + 1 : ptx.rindex("}")]
+        for line in body.splitlines():
+            text = line.split("//")[0].strip()
             if text.endswith(":"):
                 self.labels[text[:-1]] = len(self.lines)
-            elif text == "}":
-                break
-            elif text and not text.startswith("."):
-                self.lines.append(text)
+                continue
+            # Inline code has braces of its own, and several instructions to a line.
+            text = text[1:-1] if text.startswith("{ ") else text
+            self.lines += (x for x in map(str.strip, text.split(";")) if x and x[0] not in ".{}")
 
 
 def run(ptx: str, grid: tuple[int, ...], arguments: list[Any]) -> None:

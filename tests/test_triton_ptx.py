@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmops import reference
@@ -99,6 +100,24 @@ def test_triton_ptx_softmax(n: int) -> None:
     y = want.bfloat16()
     exact = y.double() * (grad.double() - (y.double() * grad.double()).sum(-1, keepdim=True))
     near(emulated(lambda: KERNELS.softmax_bwd(grad, y, 1.0, torch.bfloat16)), exact)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [1, 15, 1000])
+def test_triton_ptx_cross_entropy(n: int, weighted: bool) -> None:
+    """Of a single class the gradient is nothing, and nothing is left by what the compiler fuses."""
+    torch.manual_seed(0)
+    x, target = torch.randn(3, n).bfloat16(), torch.randint(n, (3,))
+    weight = torch.rand(n) + 0.5 if weighted else None
+    wide = x.double().requires_grad_()
+    classes = weight if weight is None else weight.double()
+    want = F.cross_entropy(wide, target, classes, label_smoothing=0.3)
+    given = (-100, 0.3, 0.0, 1)  # the mean
+    loss, lse = emulated(lambda: KERNELS.cross_entropy(x, target, weight, *given, torch.float32))
+    near(loss, want.detach())
+    grad = torch.tensor(0.7)
+    dx = emulated(lambda: KERNELS.cross_entropy_bwd(grad, None, x, target, weight, lse, *given))
+    near(dx, torch.autograd.grad(want, wide, grad.double())[0])
 
 
 def test_triton_ptx_copies_land_when_awaited() -> None:

@@ -178,9 +178,10 @@ __global__ void __launch_bounds__(kBlock<kThreads>, 1)
     if (f.grad_lse) rest += load(f.grad_lse + row);
     const double b = per_loss * (1.0 - p.smoothing) * own;
     const double c = per_loss * p.uniform;
-    const double spread = c * load(f.scales + 2);
-    const double a = b + rest + spread;
-    rest += spread - c * own;
+    const double every = load(f.scales + 2);
+    const double a = b + rest + c * every;
+    // No difference of two products: fused, the rounding of one would remain at a single class.
+    rest += c * (every - own);
     // What fp32 drops of lse is a factor of all exponentials, 1 - low: it goes into a.
     const float high = static_cast<float>(lse), low = static_cast<float>(lse - high);
     const float scale = static_cast<float>(a * (1.0 - static_cast<double>(low)));

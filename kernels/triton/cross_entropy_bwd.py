@@ -102,11 +102,15 @@ def cross_entropy_bwd_kernel(
     a = b + rest
     c = per_loss * fp64(uniform)
     if SMOOTH:
-        spread = per_loss * fp64(smoothing)  # c times the sum of all weights
-        if weight is not None:
-            spread = c * tl.load(scales + 2)
-        a += spread
-        rest += spread - c * own
+        # c times the sum of all weights. A difference times c, and not of two products: fused, the
+        # rounding of one would remain where nothing should, at a single class.
+        if weight is None:
+            a += per_loss * fp64(smoothing)
+            rest += per_loss * (fp64(smoothing) - fp64(uniform))
+        else:
+            every = tl.load(scales + 2)
+            a += c * every
+            rest += c * (every - own)
     # What is one number per row is settled here and not per element: the factor of a row that is
     # ignored, or has no such class, and what the target's column gets.
     scale = (a * (1.0 - low.to(tl.float64))).to(tl.float32)
