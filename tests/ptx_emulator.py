@@ -40,6 +40,8 @@ class Block:
             return np.arange(self.threads, dtype=kind) * (name[-1] == "x")
         if name.startswith("%ctaid"):
             return np.full(self.threads, self.index["xyz".index(name[-1])], kind)
+        if name.startswith("%nctaid"):
+            return np.full(self.threads, self.program.grid["xyz".index(name[-1])], kind)
         if name.startswith("%"):
             return self.registers[name]
         if name == "global_smem":
@@ -160,6 +162,14 @@ class Block:
             negative = (value >> np.uint32(count - 1)).astype(bool) & (kind[0] == "s")
             above = np.uint32(-1 << count & 0xFFFFFFFF)
             return np.where(negative, value | above, value).astype(np.uint32)
+        if op == "prmt":  # each byte of the result is one of the eight, or all its sign
+            pair = x[0].astype(np.uint64) | x[1].astype(np.uint64) << np.uint64(32)
+            pair, found = pair.view(np.uint8).reshape(-1, 8), np.empty((self.threads, 4), np.uint8)
+            for i in range(4):
+                which = x[2] >> np.uint32(4 * i) & np.uint32(15)
+                byte = np.take_along_axis(pair, (which & 7).astype(np.int64)[:, None], 1)[:, 0]
+                found[:, i] = np.where(which & 8, (byte >> 7) * np.uint8(255), byte)
+            return found.view(np.uint32)[:, 0]
         values = [numbers(v, kind) for v in x]
         found = INTEGER[op](*values)
         if "relu" in parts:
@@ -318,6 +328,7 @@ class Program:
 def run(ptx: str, grid: tuple[int, ...], arguments: list[Any]) -> None:
     """Runs all blocks; `arguments` are the kernel's, tensors on the CPU, which it changes."""
     program, memory = Program(ptx), Memory()
+    x, y, z = program.grid = (*grid, 1, 1)[:3]
     passed: list[Any] = []
     for value in arguments:
         if isinstance(value, torch.Tensor):
@@ -325,7 +336,6 @@ def run(ptx: str, grid: tuple[int, ...], arguments: list[Any]) -> None:
             passed.append(memory.add(content) + value.storage_offset() * value.element_size())
         else:
             passed.append(value)
-    x, y, z = (*grid, 1, 1)[:3]
     for k in range(z):
         for j in range(y):
             for i in range(x):
