@@ -64,12 +64,15 @@ class Block:
         address = self.get(found[1], 64 if space == "global" else 32).astype(np.int64)
         return self.memory if space == "global" else self.shared, address + int(found[2] or 0)
 
-    def move(self, kind: str, space: str, width: int, text: str) -> None:
-        where, address = self.access(space, text)
+    def moved(self, kind: str, text: str) -> list[str]:
+        """The registers that a load fills, or a store empties."""
         inside = re.search(r"\{([^}]*)\}", text)
         plain = text.split(",")[0] if kind == "ld" else text.rsplit(",", 1)[1]
-        names = [x.strip() for x in (inside[1] if inside else plain).split(",")]
-        size = width // 8
+        return [x.strip() for x in (inside[1] if inside else plain).split(",")]
+
+    def move(self, kind: str, space: str, width: int, text: str) -> None:
+        where, address = self.access(space, text)
+        names, size = self.moved(kind, text), width // 8
         if not self.mask.any():
             return
         if (address[self.mask] % (size * len(names))).any():
@@ -134,17 +137,20 @@ class Block:
                         tile[at] = (word >> 16 * j).astype(np.uint16)
                     self.shared.store(rows, tile.view(np.uint8), text)
 
+    def multiply(self, at: Value) -> None:
+        """Told of the bytes, in pairs, that a wgmma reads from shared memory."""
+
     # ---- the rest
 
     def arithmetic(self, op: str, parts: list[str], given: list[str]) -> Value:
         kind = parts[-1]
+        if kind.endswith("x2"):
+            words = [self.get(g, 32) for g in given]
+            low, high = (rounded(op, [h(w) for w in words], kind[:-2]) for h in HALVES)
+            return low.astype(np.uint32) | high.astype(np.uint32) << 16
         width = int(re.sub(r"\D", "", kind) or 32)
-        if kind[0] == "f" and op not in ("selp", "mov"):
-            x = [floats(self.get(g, width), kind) for g in given]
-            if op == "fma":  # one rounding
-                exact = x[0].astype(np.longdouble) * x[1] + x[2]
-                return bits(exact.astype(x[0].dtype), kind)
-            return bits(FLOAT[op](*x), kind)
+        if (kind[0] == "f" or kind == "bf16") and op not in ("selp", "mov"):
+            return rounded(op, [self.get(g, width) for g in given], kind)
         x = [self.get(g, width) for g in given]
         if op in ("mul", "mad") and "wide" in parts:
             a, b = (numbers(self.get(g, 32), kind) for g in given[:2])
@@ -238,11 +244,14 @@ class Block:
             x = [self.get(g, 32).astype(bool) for g in given[1:]]
             self.set(given[0], {"mov": lambda a: a, "not": lambda a: ~a, **LOGIC}[op](*x))
         elif op == "setp":
-            kind = parts[-1]
-            width = int(re.sub(r"\D", "", kind))
-            x = [self.get(g, width) for g in given[1:]]
-            values = [numbers(v, kind) for v in x]
-            self.set(given[0], COMPARE[parts[1]](*values))
+            kind = parts[-1].removesuffix("x2")
+            if kind != parts[-1]:  # two predicates, of the lower halves and of the upper ones
+                words = [self.get(g, 32) for g in given[1:]]
+                for name, half in zip(given[0].split("|"), HALVES, strict=True):
+                    self.set(name, COMPARE[parts[1]](*(numbers(half(w), kind) for w in words)))
+                return None
+            x = [self.get(g, int(re.sub(r"\D", "", kind))) for g in given[1:]]
+            self.set(given[0], COMPARE[parts[1]](*(numbers(v, kind) for v in x)))
         elif op == "selp":
             width = int(re.sub(r"\D", "", parts[-1]))
             yes, no = (self.get(g, width) for g in given[1:3])
@@ -285,6 +294,16 @@ class Block:
                     at[self.mask] = self.program.labels[to]
 
 
+def rounded(op: str, x: list[Value], kind: str) -> Value:
+    """The bits of a floating-point instruction's result."""
+    values = [floats(v, kind) for v in x]
+    if op != "fma":
+        return bits(FLOAT[op](*values), kind)
+    exact = values[0].astype(np.longdouble) * values[1] + values[2]  # one rounding
+    return bits(exact.astype(values[0].dtype), kind)
+
+
+HALVES = (lambda x: x.astype(np.uint16), lambda x: (x >> np.uint32(16)).astype(np.uint16))
 TOGETHER = ("bar", "wgmma", "mma", "ldmatrix", "stmatrix", "shfl", "cp.async.wait")
 WAITS = ("wgmma.fence", "wgmma.commit", "wgmma.wait", "griddepcontrol")
 LOGIC = {"and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b}
@@ -325,7 +344,7 @@ class Program:
             self.lines += (x for x in map(str.strip, text.split(";")) if x and x[0] not in ".{}")
 
 
-def run(ptx: str, grid: tuple[int, ...], arguments: list[Any]) -> None:
+def run(ptx: str, grid: tuple[int, ...], arguments: list[Any], block: type[Block] = Block) -> None:
     """Runs all blocks; `arguments` are the kernel's, tensors on the CPU, which it changes."""
     program, memory = Program(ptx), Memory()
     x, y, z = program.grid = (*grid, 1, 1)[:3]
@@ -339,4 +358,4 @@ def run(ptx: str, grid: tuple[int, ...], arguments: list[Any]) -> None:
     for k in range(z):
         for j in range(y):
             for i in range(x):
-                Block(program, memory, passed).run((i, j, k))
+                block(program, memory, passed).run((i, j, k))

@@ -35,6 +35,7 @@ def described(block: Any, descriptor: int, rows: int, turned: bool, kind: str) -
     at = start + at
     at = (at ^ (at >> 7 & turn) << 4) - BASE
     assert at.min() >= 0 and at.max() + 2 <= block.bytes.size
+    block.multiply(at)
     low, high = (block.bytes[at + j].astype(np.uint16) for j in (0, 1))
     return _floats(low | high << 8, kind)
 
