@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from ptx_matrices import mma, wgmma
-from ptx_values import BASE, POISON, SHARED, UNSIGNED, Memory, Value, bits, floats, numbers
+from ptx_values import BASE, POISON, SHARED, UNSIGNED, Memory, Value, bits, floats, numbers, signed
 
 
 class Block:
@@ -80,7 +80,8 @@ class Block:
         for i, name in enumerate(names):
             at = address[self.mask] + i * size
             if kind == "ld":
-                old = self.registers.get(name, np.zeros(self.threads, UNSIGNED[width])).copy()
+                own = UNSIGNED[max(width, 16)]  # a register holds a byte as 16 bits
+                old = self.registers.get(name, np.zeros(self.threads, own)).copy()
                 old[self.mask] = where.load(at, size, text).view(UNSIGNED[width])[:, 0]
                 self.registers[name] = old
             else:
@@ -260,6 +261,10 @@ class Block:
             lane, other = np.arange(self.threads), self.get(given[2], 32).astype(np.int64)
             source = {"bfly": lane ^ other, "idx": lane // 32 * 32 + other % 32}[parts[2]]
             self.set(given[0].split("|")[0], self.get(given[1], 32)[source])
+        elif op == "redux":
+            x = signed(self.get(given[1], 32)).reshape(-1, 32)
+            best = {"max": x.max, "min": x.min, "add": x.sum}[parts[2]](axis=1)
+            self.set(given[0], np.repeat(best, 32).astype(np.int32).view(np.uint32))
         elif op == "cvt":
             self.set(given[0], self.convert(parts, given[1:]))
         elif op in ("mov", "cvta"):
@@ -304,7 +309,7 @@ def rounded(op: str, x: list[Value], kind: str) -> Value:
 
 
 HALVES = (lambda x: x.astype(np.uint16), lambda x: (x >> np.uint32(16)).astype(np.uint16))
-TOGETHER = ("bar", "wgmma", "mma", "ldmatrix", "stmatrix", "shfl", "cp.async.wait")
+TOGETHER = ("bar", "wgmma", "mma", "ldmatrix", "stmatrix", "shfl", "redux", "cp.async.wait")
 WAITS = ("wgmma.fence", "wgmma.commit", "wgmma.wait", "griddepcontrol")
 LOGIC = {"and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b}
 COMPARE: dict[str, Any] = {

@@ -28,8 +28,8 @@ def described(block: Any, descriptor: int, rows: int, turned: bool, kind: str) -
     width, turn = _SWIZZLE[descriptor >> 62]
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
     if turned:
-        assert rows * 2 <= width, "several atoms along N are not covered"
-        at = k % 8 * width + k // 8 * step + row * 2
+        aside, wide = (descriptor >> 16 & 0x3FFF) << 4, width // 2  # from atom to atom along rows
+        at = k % 8 * width + k // 8 * step + row % wide * 2 + row // wide * aside
     else:
         at = row % 8 * width + row // 8 * step + k * 2
     at = start + at
