@@ -1,12 +1,11 @@
-"""A plugin of pytest: the kit's Triton tests without a GPU, each kernel compiled for PTX_TARGET
-(sm_90 unless told) and run by ptx_emulator.py, its shared memory watched. Minutes for an operator:
+"""A plugin of pytest: the kit's Triton tests without a GPU, each kernel compiled for sm_90
+and run by ptx_emulator.py, its shared memory watched. Minutes for an operator:
 
     PYTHONPATH=tests python -m pytest -p ptx_kit tests/test_softmax.py -k "triton- and gradients"
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from llmops.kernels.triton import _launch
 
 from llmops.backends import triton as backend
 
-TARGET = os.environ.get("PTX_TARGET", "sm_90")
+TARGET = "sm_90"
 _compiled: dict[Any, tuple[Any, str]] = {}
 
 
@@ -39,9 +38,7 @@ def _launched(kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any
         _compiled[key] = source.signature, ptx
     signature, ptx = _compiled[key]
     passed = [given[name] for name, kind in signature.items() if kind != "constexpr"]
-    # Triton 3.6 has no fence between its copies to shared memory and the wgmma that reads them.
-    watched = not triton.__version__.startswith("3.6.")
-    ptx_emulator.run(ptx, grid, passed, ptx_races.Watched if watched else ptx_emulator.Block)
+    ptx_emulator.run(ptx, grid, passed, ptx_races.BLOCK)
 
 
 # As under the interpreter the backend takes tensors of the CPU; the tables are the target's.

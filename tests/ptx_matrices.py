@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import numpy as np
-from ptx_values import BASE
+from ptx_values import BASE, floats
 
 _SWIZZLE = {1: (128, 7), 2: (64, 3), 3: (32, 1)}  # of a descriptor: bytes of a row, bits that turn
 
@@ -17,9 +17,7 @@ def _names(text: str) -> list[list[str]]:
 
 
 def _floats(words: Any, kind: str) -> Any:
-    if kind == "bf16":
-        return (words.astype(np.uint32) << 16).view(np.float32)
-    return words.astype(np.uint16).view(np.float16).astype(np.float32)
+    return floats(words.astype(np.uint16), kind).astype(np.float32)
 
 
 def described(block: Any, descriptor: int, rows: int, turned: bool, kind: str) -> Any:

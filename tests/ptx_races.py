@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ptx_emulator
+import triton
 from ptx_emulator import Value
 from ptx_values import BASE, SHARED, UNSIGNED
 
@@ -94,7 +95,7 @@ class Watched(ptx_emulator.Block):
         self.products[-1].append(at)
 
     def step(self, text: str, active: Value) -> str | None:
-        if "bar.sync" in text:
+        if re.match(r"bar\.sync\s+0\b", text):  # the one of all warps
             self.barrier()
         elif "fence.proxy.async" in text:
             self.unfenced[:] = False
@@ -107,3 +108,7 @@ class Watched(ptx_emulator.Block):
                 self.readers[at] = np.uint32(0xFFFFFFFF)
             del self.products[:done]
         return super().step(text, active)
+
+
+# Triton 3.6 has no fence between its copies to shared memory and the wgmma that reads them.
+BLOCK = ptx_emulator.Block if triton.__version__.startswith("3.6.") else Watched

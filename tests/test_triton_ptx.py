@@ -3,6 +3,7 @@ matrix instructions are fed with stands in the PTX alone."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -30,8 +31,6 @@ from llmops.backends import get
 
 TARGET = "sm_90"
 KERNELS = get("triton")
-# Triton 3.6 has no fence between its copies to shared memory and the wgmma that reads them.
-BLOCK = ptx_emulator.Block if triton.__version__.startswith("3.6.") else ptx_races.Watched
 
 
 def emulated(call: Any, without: str = "") -> Any:
@@ -44,7 +43,7 @@ def emulated(call: Any, without: str = "") -> Any:
         ptx = triton.compile(source, aot_compile.TARGETS[TARGET], options).asm["ptx"]
         given = [launch.arguments[n] for n, t in source.signature.items() if t != "constexpr"]
         kept = [line for line in ptx.splitlines() if not (without and without in line)]
-        ptx_emulator.run("\n".join(kept), launch.grid, given, BLOCK)
+        ptx_emulator.run("\n".join(kept), launch.grid, given, ptx_races.BLOCK)
     return found
 
 
@@ -127,14 +126,16 @@ def test_triton_ptx_copies_land_when_awaited() -> None:
     """Without the waits the products read what shared memory begins as: NaN, in what is computed or
     where a branch asks for it."""
     q, k, v = qkv(70, 130, (64, 64), (1, 1), torch.bfloat16)
-    call = lambda: KERNELS.attention(q, k, v, None, True, 0.125)  # noqa: E731
+    call = functools.partial(KERNELS.attention, q, k, v, None, True, 0.125)
     want = reference.attention(*(x.double() for x in (q, k, v)), causal=True)
     near(emulated(call)[0], want)
     with pytest.raises(AssertionError):
         near(emulated(call, without="cp.async.wait_group")[0], want)
 
 
-@pytest.mark.skipif(BLOCK is not ptx_races.Watched, reason="Triton 3.6 is not watched: see BLOCK")
+@pytest.mark.skipif(
+    ptx_races.BLOCK is not ptx_races.Watched, reason="Triton 3.6 is not watched: see ptx_races.py"
+)
 @pytest.mark.parametrize("without", ["bar.sync", "fence.proxy.async", "wgmma.wait_group"])
 def test_triton_ptx_races_are_seen(without: str) -> None:
     q, k, v = qkv(70, 300, (64, 64), (1, 1), torch.bfloat16)

@@ -181,7 +181,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: Any, constants: dict[
     """kernel[grid](*arguments, **constants), but by its own key where Triton has done it before:
     Triton's way from a call to the driver takes thirty to fifty microseconds, this one a fifth.
 
-    Profilers' hooks and debug settings are Triton's: with one in place its run() serves."""
+    Profilers' hooks are Triton's: with one in place its run() serves. Its other settings count as
+    they were when a kind of call was first launched."""
     direct = _direct()
     if direct is None or kernel.pre_run_hooks:
         kernel[grid](*arguments, **constants)

@@ -123,7 +123,7 @@ def serves(call: Call) -> str | None:
 
 def _on_hopper() -> bool:
     """Seen with Triton 3.6.0, whose assembler is CUDA 12.8's; benchmarks/NOTES.md has what is known
-    of it. Every other case of the kit that ran there was right."""
+    of it, and of the one fp32 case that failed there without an explanation."""
     if INTERPRETED or torch.version.cuda is None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability()[0] == 9
