@@ -77,6 +77,20 @@ def test_gpu_stops_at_its_time_and_goes_on(gpu: Any, tmp_path: Path) -> None:
     assert found["state"] == "failed", "a unit that hung is no success"
 
 
+def test_gpu_what_its_limit_cut_goes_last(gpu: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    say = f"open({str(log)!r}, 'a').write({{!r}}); "
+    wait = f"import os, time; time.sleep(60 * (os.path.getsize({str(log)!r}) < 2))"
+
+    def read(record: dict[str, Any], text: str, status: int | None) -> str:
+        record["continues"] = True
+        return "cut" if status is None else "passed"
+
+    long = gpu.Unit("long", lambda own: [sys.executable, "-c", say.format("a") + wait], 1.0, read)
+    found = gpu.work([stage(gpu, long, unit(gpu, "short", say.format("b")))], 1.0, tmp_path)
+    assert found["stages"]["fake"]["state"] == "passed" and log.read_text() == "aba"
+
+
 def test_gpu_runs_chosen_units(gpu: Any, tmp_path: Path) -> None:
     """The others stay as they are, and the stage is not done."""
     units = [unit(gpu, name, "pass") for name in ("softmax", "rope", "rope_qk")]
@@ -234,8 +248,11 @@ def test_gpu_stages_exist(gpu: Any) -> None:
     from llmops.bench import cases
 
     tests = [u.name for u in gpu.gpu_tests.test_units()]
-    wanted = {"test_softmax", "test_attention bf16 and gradients", "test_attention_varlen"}
-    assert wanted | {"test_device compiles", "kit far_strides"} <= set(tests)
+    first = "(matches_reference or gradients)"
+    wanted = {f"test_attention triton and {first} and bf16", f"test_rope triton and {first}"}
+    ours = "test_softmax cuda and not triton and not far_strides"
+    assert wanted | {ours, "test_device compiles", "kit triton and far_strides"} <= set(tests)
+    assert tests.index(ours) < min(tests.index(name) for name in wanted), "nothing is compiled"
     assert tests[0] == "test_device not compiles" and len(tests) == len(set(tests))
     names = [u.name for u in gpu.bench_units()]
     assert set(cases.names()) <= set(names) and "attention torch.compile" in names
@@ -266,9 +283,9 @@ def test_gpu_sanitizer_units(gpu: Any, tmp_path: Path, monkeypatch: pytest.Monke
         assert command[:3] == [str(tool), "--tool", name.split()[0]]
         assert command[-1] == f"tests/{name.split()[1]}.py" and "cuda and" in command[-2]
     for text, status, want in (
-        ("3 passed", 0, "passed"),
+        ("a.py::test[cuda] PASSED", 0, "passed"),
         ("no tests ran", 5, "failed"),
-        ("========= Invalid __global__ read\n3 passed", 77, "failed"),
+        ("========= Invalid __global__ read\na.py::test[cuda] PASSED", 77, "failed"),
         ("", None, "cut"),
     ):
         record: dict[str, Any] = {}

@@ -183,7 +183,7 @@ STAGES = (
     Stage("compile", 1.5, compile_units, workers=WORKERS),
     Stage("bench", 5.0, bench_units),
     Stage("tune", 9.0, tune_units),
-    Stage("sanitize", 9.0, lambda: list(gpu_sanitize.units(python()))),
+    Stage("sanitize", 9.0, lambda: list(gpu_sanitize.units(python())), workers=WORKERS),
 )
 USUAL = "install,correctness,compile,bench"
 

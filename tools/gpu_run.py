@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,25 +125,39 @@ def go(stage: Stage, end: float, out: Path, keep: bool = False, only: str = "") 
     save(stage.name, record, out)
     one_at_a_time = threading.Lock()  # only processes run side by side
 
-    def work(unit: Unit) -> None:
+    def run(unit: Unit) -> None:
         own = done[unit.name]
-        while own["state"] not in ENDED and end - time.monotonic() >= min(LEAST, unit.seconds):
-            limit = min(unit.seconds, end - time.monotonic())
-            with one_at_a_time:
-                own["tree"], command = here, unit.command(own)
-            start = time.monotonic()
-            text, status = execute(command, limit, unit.environment, unit.name)
-            with one_at_a_time:
-                own["seconds"] = round(own["seconds"] + time.monotonic() - start, 1)
-                own.update(status=status, tail=text[-1500:])
-                own["state"] = unit.read(own, text, status)
-                if status is None and own["state"] not in ENDED and limit == unit.seconds:
-                    own["state"] = "cut" if own.get("continues") else "killed"
-                save(stage.name, record, out)
-                print(f"{stage.name} {unit.name}: {own['state']}, {own['seconds']:g} s", flush=True)
+        limit = min(unit.seconds, end - time.monotonic())
+        with one_at_a_time:
+            own["tree"], command = here, unit.command(own)
+        start = time.monotonic()
+        text, status = execute(command, limit, unit.environment, unit.name)
+        with one_at_a_time:
+            own["seconds"] = round(own["seconds"] + time.monotonic() - start, 1)
+            own.update(status=status, tail=text[-1500:])
+            own["state"] = unit.read(own, text, status)
+            if status is None and own["state"] not in ENDED and limit == unit.seconds:
+                own["state"] = "cut" if own.get("continues") else "killed"
+            save(stage.name, record, out)
+            print(f"{stage.name} {unit.name}: {own['state']}, {own['seconds']:g} s", flush=True)
 
+    def work() -> None:
+        """What its limit cut stands behind those that no one has begun."""
+        while True:
+            try:
+                unit = waiting.popleft()
+            except IndexError:
+                return
+            if end - time.monotonic() >= min(LEAST, unit.seconds):
+                run(unit)
+                if done[unit.name]["state"] not in ENDED:
+                    waiting.append(unit)
+
+    chosen = (u for u in units if re.search(only, u.name))
+    waiting = deque(u for u in chosen if done[u.name]["state"] not in ENDED)
     with ThreadPoolExecutor(stage.workers) as pool:
-        list(pool.map(work, [unit for unit in units if re.search(only, unit.name)]))
+        for worker in [pool.submit(work) for _ in range(stage.workers)]:
+            worker.result()
     states = [u["state"] for u in done.values()]
     if all(s in ENDED for s in states):
         record["state"] = "passed" if all(s == "passed" for s in states) else "failed"

@@ -54,7 +54,7 @@ def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[s
     wanted = f"(triton or cuda) and {only}" if only else "triton or cuda"
     if importlib.util.find_spec("expecttest") is None:  # torch's opcheck is made with it
         wanted, record["left_out"] = f"({wanted}) and not opcheck", "opcheck: needs expecttest"
-    seen = gpu_run.STATE / f"{files[0].stem} {only}.seen".replace(" ", "-")
+    seen = gpu_run.STATE / re.sub(r"\W+", "-", f"{files[0].stem} {only}.seen")
     seen.write_text("".join(f"--deselect={name}\n" for name in record.get("seen", ())))
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-k", wanted]
     options += [f"--maxfail={MAX_FAILURES}", f"@{seen}"]
@@ -64,31 +64,37 @@ def test_command(files: list[Path], record: dict[str, Any], only: str) -> list[s
 
 # Rows 2^31 elements apart are tens of GiB on a GPU: one process has all of these, after another.
 FAR, NEAR = "far_strides", "not far_strides"
-# Units of attention's own file: its kernels are many and slow to compile.
-CHECKS = ("matches_reference", "gradients", f"not (matches_reference or gradients) and {NEAR}")
-ATTENTION = [f"{d} and {c}" for c in CHECKS for d in ("bf16", "fp32", "fp16")]
-ATTENTION += ["not (bf16 or fp32 or fp16)"]
+FIRST, THEN = "(matches_reference or gradients)", "not (matches_reference or gradients)"
 
 
 def test_units() -> list[Unit]:
-    """Graphs and streams of every op, then the files that take in the conformance kit, those that
-    take longest behind the others, and last what torch.compile makes of each."""
-    from llmops.backends import triton
+    """Graphs and streams of every op; the CUDA kernels, for which nothing is compiled; Triton's
+    results and gradients of each file, attention's by the dtype, as its kernels take long to
+    compile; the kit's other checks; and last what torch.compile makes of each op."""
+    from llmops.backends import cuda, triton
 
     tests = gpu_run.ROOT / "tests"
     texts = {f: f.read_text() for f in sorted(tests.glob("test_*.py"))}
     served = triton.PASSES.keys() - {"scaled_dot_product_attention"}  # it calls attention
     kit = [f for f in texts if "suite(" in texts[f] and f.stem[5:] in served]
-    files = [f for f in kit if not f.stem.startswith("test_attention")]
-    files += [f for f in texts if 'targets("' in texts[f] and "suite(" not in texts[f]]
-    files += [f for f in kit if f.stem.startswith("test_attention_")]
-    wanted = [([f], NEAR) for f in dict.fromkeys(files)]
-    wanted += [([tests / "test_attention.py"], only) for only in ATTENTION]
-    device = tests / "test_device.py"
-    wanted = [([device], "not compiles"), (kit, FAR), *wanted, ([device], "compiles")]
+    others = [f for f in texts if 'targets("' in texts[f] and "suite(" not in texts[f]]
+    attention, device = tests / "test_attention.py", tests / "test_device.py"
+    rest = [f for f in kit if f != attention]
+    mine, theirs = "cuda and not triton", "triton"
+
+    wanted = [([device], "not compiles")]
+    wanted += [([f], f"{mine} and {NEAR}") for f in rest if f.stem[5:] in cuda.PASSES]
+    wanted += [([attention], f"{mine} and {check} and {NEAR}") for check in (FIRST, THEN)]
+    wanted += [(kit, f"{mine} and {FAR}")]
+    wanted += [([f], f"{theirs} and {FIRST}") for f in rest]
+    wanted += [([attention], f"{theirs} and {FIRST} and {d}") for d in ("bf16", "fp32", "fp16")]
+    wanted += [([f], NEAR) for f in others]
+    wanted += [(kit, f"{theirs} and {FAR}")]
+    wanted += [([f], f"{theirs} and {THEN} and {NEAR}") for f in [*rest, attention]]
+    wanted += [([device], "compiles")]
     units = []
     for chosen, only in wanted:
-        name = ("kit" if len(chosen) > 1 else chosen[0].stem) + f" {only}" * (only != NEAR)
+        name = f"{'kit' if len(chosen) > 1 else chosen[0].stem} {only}"
         command = partial(test_command, chosen, only=only)
-        units.append(Unit(name, command, 120, read_tests, ENVIRONMENT))
+        units.append(Unit(name, command, 75, read_tests, ENVIRONMENT))
     return units
