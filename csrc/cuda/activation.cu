@@ -54,7 +54,7 @@ __device__ __forceinline__ void with_activation(int activation, const F& f) {
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, kThreads == 32 ? 96 : 80>)
     activation_fwd_kernel(ActivationForward p, Tiles tiles) {
   using T = Tile<kThreads>;
   const int thread = threadIdx.x % kThreads;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kBlock<kThreads>, 1)
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, kThreads == 32 ? 160 : 128>)
     activation_bwd_kernel(ActivationBackward p, Tiles tiles) {
   using T = Tile<kThreads>;
   const int thread = threadIdx.x % kThreads;

@@ -42,7 +42,7 @@ __device__ __forceinline__ float exponential(float z, float top) {
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, kThreads == 32 ? 80 : 64>)
     cross_entropy_fwd_kernel(CrossEntropyForward f) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kReducing, 1)
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, 1)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, kThreads == 32 ? 96 : 80>)
     cross_entropy_bwd_kernel(CrossEntropyBackward f, Tiles tiles) {
   using T = Tile<kThreads>;
   const CrossEntropy& p = f.of;

@@ -41,9 +41,9 @@ __device__ __forceinline__ void scaled(const NormForward& p, int64_t begin, int 
   }
 }
 
-// 80 registers: with 64 some spill on sm_100a and sm_120.
+// With 64 registers some spill on sm_100a and sm_120.
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads> * 3 / 4)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, 80>)
     norm_fwd_kernel(NormForward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;

@@ -49,7 +49,7 @@ __device__ __forceinline__ int64_t valid_of(const SoftmaxForward& p, int64_t row
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads>)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, 64>)
     softmax_fwd_kernel(SoftmaxForward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) softmax_fwd_long_kernel(Softm
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads>)
+__global__ void __launch_bounds__(kBlock<kThreads>, kBlocks<kThreads, 64>)
     softmax_bwd_kernel(SoftmaxBackward p) {
   using T = Tile<kThreads>;
   constexpr int kRows = kRowsOfBlock<kThreads>;

@@ -255,10 +255,10 @@ template <int kThreads>
 constexpr int kRowsOfBlock = kThreads == 32 ? 4 : 1;
 template <int kThreads>
 constexpr int kBlock = kThreads == 32 ? 128 : kThreads;
-// For __launch_bounds__: 1024 threads in a processor, 64 registers each, of kernels that hold a row
-// or two and need no more; left alone ptxas takes up to 124, and half as many rows are under way.
-template <int kThreads>
-constexpr int kBlocks = 1024 / kBlock<kThreads>;
+// For __launch_bounds__: the blocks of a processor whose threads have kRegisters each. Left alone
+// ptxas takes up to twice as many as a kernel needs, and half as many rows are under way.
+template <int kThreads, int kRegisters>
+constexpr int kBlocks = (64 << 10) / kRegisters / kBlock<kThreads>;
 
 // The longest row that is held in registers.
 constexpr int64_t kLongest = 16384;
