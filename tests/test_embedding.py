@@ -27,7 +27,7 @@ def test_embedding_hypothesis(target: Target, data: st.DataObject) -> None:
     rows, dim = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 80))
     dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     ids = data.draw(st.sampled_from((torch.int64, torch.int32)))
-    make = Make(dtype, seed=data.draw(st.integers(0, 1000)))
+    make = Make(dtype, target.device, seed=data.draw(st.integers(0, 1000)))
     tokens = make.ints(*shape, high=rows, dtype=ids)
     order = data.draw(st.permutations(range(len(shape))))
     tokens = tokens.permute(*order)

@@ -48,7 +48,7 @@ def test_rope_qk_in_place_equals_rope_qk(target: Target, dtype: torch.dtype) -> 
 def test_rope_qk_in_place_on_a_fused_projection(target: Target) -> None:
     """q and k as slices of one [B, T, (Hq + 2 Hk) D] buffer: v between them is not touched."""
     fused = torch.randn(2, 5, 8, 16)
-    cos, sin = tables(Make(torch.float32), 5, 8)
+    cos, sin = tables(Make(torch.float32, target.device), 5, 8)
     q, v, k = fused.split((4, 2, 2), 2)
     before = v.clone()
     want = llmops.rope_qk(q.transpose(1, 2), k.transpose(1, 2), cos, sin, backend="reference")
@@ -136,7 +136,7 @@ def test_rope_hypothesis(target: Target, data: st.DataObject) -> None:
     b, h, t = (data.draw(st.integers(1, 5)) for _ in range(3))
     half, rest = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 5))
     dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
-    make = Make(dtype, seed=data.draw(st.integers(0, 1000)))
+    make = Make(dtype, target.device, seed=data.draw(st.integers(0, 1000)))
     d = max(2 * half + rest, 1)
     x = make(b, h, t, d, grad=False)
     order = data.draw(st.permutations(range(4)))

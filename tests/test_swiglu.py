@@ -26,7 +26,7 @@ def test_swiglu_hypothesis(target: Target, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 7), max_size=3))
     n = data.draw(st.integers(1, 70))
     dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
-    make = Make(dtype, seed=data.draw(st.integers(0, 1000)))
+    make = Make(dtype, target.device, seed=data.draw(st.integers(0, 1000)))
     step, gap = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
     fused = data.draw(st.booleans())
     width = 2 * n if fused else n

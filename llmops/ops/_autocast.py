@@ -17,6 +17,9 @@ from torch import Tensor
 
 _is_enabled = torch.is_autocast_enabled
 _HALVES = (torch.bfloat16, torch.float16)
+# What autocast has on GPUs with the torch at hand: 2.11 leaves rms_norm out.
+_has = torch._C._dispatch_has_kernel_for_dispatch_key
+RMS_NORM_IN_FP32 = bool(_has("aten::rms_norm", "AutocastCUDA"))
 
 
 def enabled(x: Any) -> bool:

@@ -93,9 +93,11 @@ class OpSpec:
             checked on the first argument).
         lowers: True where autocast lowers the inputs though the result may be fp32, as of a loss
             whose logits are a 16-bit product: the result is then only as exact as those.
+        result_floor: result_floor(sample) is what approximate functions do to each result; added to
+            what is allowed of inputs in fp32.
         gradient_floor: gradient_floor(sample) is what the error of a saved result, within its own
-            rule, does to each gradient; added to what is allowed of a backend that multiplies in
-            16 bits (tensor cores), for inputs of 16 bits. The CPU's fp32 products need none.
+            rule, does to each gradient; added to what is allowed of inputs in fp32, and of 16 bits
+            where a backend multiplies in those (tensor cores): the CPU's products are in fp32.
         skip: check name -> reason, for properties the operator does not have.
     """
 
@@ -108,6 +110,7 @@ class OpSpec:
     namespace: str = "llmops"
     rows: bool = False
     lowers: bool = False
+    result_floor: Callable[[Sample], list[Tensor]] | None = None
     gradient_floor: Callable[[Sample], list[Tensor]] | None = None
     skip: dict[str, str] = field(default_factory=dict)
 
@@ -245,15 +248,26 @@ def expected(spec: OpSpec, sample: Sample) -> tuple[Results, Results]:
     return found
 
 
-def gradient_floors(spec: OpSpec, sample: Sample, target: Target) -> list[float | Tensor]:
-    """What `assert_close` adds for each gradient; computed once per sample, as above."""
+def result_floors(spec: OpSpec, sample: Sample, count: int) -> list[Any]:
+    """What `assert_close` adds for each of `count` results; computed once per sample, as above."""
+    if spec.result_floor is None or sample.args[0].dtype != torch.float32:
+        return [0.0] * count
+    return _memo(sample, f"result floors of {spec.name}", spec.result_floor)
+
+
+def gradient_floors(spec: OpSpec, sample: Sample, target: Target) -> list[Any]:
+    """The same for each gradient."""
     inputs = leaves(sample.args, sample.kwargs)
     narrow = all(x.element_size() == 2 for x in inputs)
-    if spec.gradient_floor is None or target.backend == "cpu" or not narrow:
+    if spec.gradient_floor is None or (narrow and target.backend == "cpu"):
         return [0.0] * len(inputs)
-    if "gradient floors" not in sample.memo:
-        sample.memo["gradient floors"] = spec.gradient_floor(sample)
-    found: list[float | Tensor] = sample.memo["gradient floors"]
+    return _memo(sample, f"gradient floors of {spec.name}", spec.gradient_floor)
+
+
+def _memo(sample: Sample, name: str, make: Callable[[Sample], list[Tensor]]) -> list[Any]:
+    if name not in sample.memo:
+        sample.memo[name] = make(sample)
+    found: list[Any] = sample.memo[name]
     return found
 
 

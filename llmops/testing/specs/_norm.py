@@ -11,6 +11,11 @@ from torch import Tensor
 from llmops.testing._core import Make, Sample
 
 
+def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's dtype, where a residual made it wider; autocast on a GPU is to stay as it is."""
+    return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
+
+
 def samples(make: Make, add: bool, bias: bool) -> Iterator[Sample]:
     """fn(x, [residual,] normalized_shape, weight, [bias,] eps=1e-5)"""
 

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmops
 from llmops import reference
-from llmops.testing._core import Make, OpSpec, Sample, _cotangent, cast, leaves
+from llmops.testing._core import Make, OpSpec, Sample
+from llmops.testing.specs import _attention_floors
 
 
 def _qkv(
@@ -363,26 +364,6 @@ def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def gradient_floor(sample: Sample) -> list[Tensor]:
-    """What the rounding of `out`, and of P before it, does to gradients by delta = dout . out.
-
-    dS = P (dout v^T - delta) is a difference, and a delta off by e moves it as an incoming gradient
-    of lse of that size does. e: half an eps of each of out's Dv values, adding up in delta as the
-    root of their squares. Where many queries see a key it averages away; where one does, it stays.
-    """
-    args = cast(sample.args, torch.float64)
-    kwargs = {k: cast(v, torch.float64) for k, v in sample.kwargs.items()}
-    out, lse = _reference(*args, **{**kwargs, "return_lse": True})
-    eps = torch.finfo(sample.args[0].dtype).eps
-    off = 0.5 * eps * (_cotangent(out) * out.detach()).norm(dim=-1)
-    wanted = leaves(args, kwargs)
-    if not wanted or not lse.requires_grad:  # no keys: no gradient
-        return [torch.zeros_like(w) for w in wanted]
-    grads = torch.autograd.grad(lse, wanted, off, allow_unused=True)
-    return [torch.zeros_like(w) if g is None else g.nan_to_num(0.0).abs()
-            for g, w in zip(grads, wanted, strict=True)]  # fmt: skip
-
-
 SPEC = OpSpec(
     name="attention",
     fn=_attention,
@@ -391,5 +372,6 @@ SPEC = OpSpec(
     samples=samples,
     schemas=schemas,
     rows=True,
-    gradient_floor=gradient_floor,
+    result_floor=_attention_floors.results(_reference),
+    gradient_floor=_attention_floors.gradients(_reference),
 )

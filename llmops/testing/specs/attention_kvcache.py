@@ -11,6 +11,7 @@ from torch import Tensor
 import llmops
 from llmops import reference
 from llmops.testing._core import Make, OpSpec, Sample
+from llmops.testing.specs import _attention_floors
 from llmops.testing.specs.attention import torch_attention
 
 
@@ -139,4 +140,5 @@ SPEC = OpSpec(
     samples=samples,
     schemas=schemas,
     rows=True,
+    result_floor=_attention_floors.results(reference.attention_kvcache),
 )

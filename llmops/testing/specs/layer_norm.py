@@ -50,7 +50,7 @@ def torch_add_layer_norm(
     x: Tensor, residual: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return torch_layer_norm(h, *args, **kwargs).to(x.dtype), h
+    return _norm.in_dtype_of(x, torch_layer_norm(h, *args, **kwargs)), h
 
 
 def schemas(make: Make) -> dict[str, tuple[Any, ...]]:

@@ -47,7 +47,7 @@ def torch_add_rms_norm(
     x: Tensor, residual: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return torch_rms_norm(h, *args, **kwargs).to(x.dtype), h
+    return _norm.in_dtype_of(x, torch_rms_norm(h, *args, **kwargs)), h
 
 
 def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
