@@ -245,46 +245,25 @@ def test_triton_launches_what_triton_would() -> None:
     assert done.stdout == "fine\n", done.stdout + done.stderr
 
 
-def test_triton_refuses_on_hopper_what_was_wrong_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads padded to unlike widths, not by 8, in 16 bits; all else is served as before."""
-    monkeypatch.setattr(backend, "DEVICE", "cpu")
-    monkeypatch.setattr(backend, "available", lambda: None)
-
-    def served(on_hopper: bool, dtype: torch.dtype, dim: int, dim_v: int) -> set[bool]:
-        monkeypatch.setattr(backend, "_on_hopper", lambda: on_hopper)
-        q, k, v = (torch.ones(1, 2, 5, d, dtype=dtype) for d in (dim, dim, dim_v))
-        ends, bounds = torch.tensor([5]), torch.tensor([0, 5], dtype=torch.int32)
-        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
-        calls = (
-            llmops.explain(llmops.attention, q, k, v),
-            llmops.explain(llmops.attention_kvcache, q, k, v, ends),
-            llmops.explain(llmops.attention_varlen, *rows, bounds, bounds, 5, 5),
-        )
-        return {backend.serves(decision.call) is None for decision in calls}
-
-    assert served(True, torch.bfloat16, 33, 20) == served(True, torch.float16, 64, 12) == {False}
-    assert served(False, torch.bfloat16, 33, 20) == served(True, torch.float32, 33, 20) == {True}
-    for dim, dim_v in ((64, 64), (33, 33), (24, 17), (8, 6), (80, 48), (192, 128)):
-        assert served(True, torch.bfloat16, dim, dim_v) == {True}
-
-
 def test_cuda_serves_what_triton_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under "auto", where both can run: Triton first, CUDA C++ for what Triton refuses."""
-    from llmops.backends import cuda
+    """Under "auto", where both can run: Triton first, CUDA C++ for what was measured faster there,
+    and where there is no Triton."""
+    from llmops.backends import _measured, cuda
 
     monkeypatch.setattr(cuda, "available", lambda: None)
     monkeypatch.setattr(cuda, "SIMULATED", False)
     monkeypatch.setattr(cuda, "DEVICE", "cuda")
     monkeypatch.setattr(backend, "DEVICE", "cuda")
-    monkeypatch.setattr(backend, "_on_hopper", lambda: True)
     plain = dispatch.Call("attention", "cuda", torch.bfloat16)
-    unlike = plain._replace(features=("head dimensions of unlike widths",))
+    small = dispatch.Call("layer_norm", "cuda", torch.bfloat16, (_measured.SMALL,))
 
     def chosen(call: dispatch.Call, triton: str | None) -> str | None:
         monkeypatch.setattr(backend, "available", lambda: triton)
         return dispatch.decide(call).backend
 
-    assert chosen(plain, None) == "triton" and chosen(unlike, None) == "cuda"
-    assert chosen(plain, "not installed") == "cuda"
+    assert chosen(plain, None) == "triton" and chosen(small, None) == "cuda"
+    assert chosen(small._replace(features=()), None) == "triton"
+    assert chosen(plain, "not installed") == chosen(small, "not installed") == "cuda"
     assert chosen(plain._replace(dtype=torch.float32), "not installed") == "reference"
-    assert chosen(unlike._replace(op="attention_varlen"), None) == "reference"
+    monkeypatch.setattr(cuda, "available", lambda: "built without CUDA")
+    assert chosen(small, None) == "triton" and chosen(plain, "not installed") == "reference"

@@ -146,14 +146,18 @@ def gpu_table() -> str:
 
 
 def _gpu_of(file: Path, result: dict[str, Any]) -> str:
-    machine, limits = result["machine"], result["runs"][0]["limits"]
+    machine = result["machine"]
+    limits = {k: v for run in reversed(result["runs"]) for k, v in run["limits"].items()}
+    # Of an earlier commit, kept where nothing newer was measured.
+    older = [f"{r['stage']}: of commit {r['commit']}" for r in result["runs"] if "commit" in r]
+    kept = "".join(f" ({text})" for text in older)
     rows = [row for run in result["runs"] for row in run["rows"] if row["ours_us"]]
     name = file.relative_to(ROOT)
     lines = [
         f"{machine['gpu']}, driver {machine['driver_version']}, torch {machine['torch']}, Triton "
-        f"{machine['triton']}, commit {machine['commit']} of {_date(machine)}; a copy there moves "
-        f"{limits['copy_gbs'] / 1e3:.2f} TB/s, a bf16 matrix product runs at "
-        f"{limits['flops_bfloat16_gflops'] / 1e3:.0f} TFLOP/s, both measured in the same run. "
+        f"{machine['triton']}, commit {machine['commit']} of {_date(machine)}{kept}; a copy there "
+        f"moves {limits['copy_gbs'] / 1e3:.2f} TB/s, a bf16 matrix product runs at "
+        f"{limits['flops_bfloat16_gflops'] / 1e3:.0f} TFLOP/s, both measured there. "
         f"bf16; lowest and highest over the shapes. Every row: [`{name}`]({name}).",
         "",
         "| op | pass | shapes | Triton | CUDA C++ | torch |",

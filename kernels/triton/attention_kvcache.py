@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from llmops.kernels.triton import _attention_tile as tile
 from llmops.kernels.triton import _config, _launch, _rows
-from llmops.kernels.triton._attention_problem import dense, heads_like
+from llmops.kernels.triton._attention_problem import dense, heads_like, padded
 from llmops.kernels.triton._launch import all_registers, cdiv, launch
 from torch import Tensor
 
@@ -260,6 +260,7 @@ def attention_kvcache(
     key = (_rows.power_of_2(queries * group), widest, q.dtype, modified)
     table = _table(queries * group, widest, wide, modified)
     config = _config.choose("attention_kvcache", key, table)
+    block_d, block_dv = padded(dim, dim_v, q.dtype)
     row_blocks = cdiv(queries * group, config["BLOCK_M"])
     programs = batch * kv_heads * row_blocks
     splits = _splits(programs, capacity)
@@ -281,8 +282,7 @@ def attention_kvcache(
         0 if cache_leftpad is None else cache_leftpad.stride(0),
         *((0, 0) if block_table is None else block_table.stride()), *slope_strides,
         FORM=form, PADDED=cache_leftpad is not None, PAGED=block_table is not None,
-        PRECISION="ieee", DIM=dim, DIM_V=dim_v, D=max(_rows.power_of_2(dim), 16),
-        DV=max(_rows.power_of_2(dim_v), 16), **config,
+        PRECISION="ieee", DIM=dim, DIM_V=dim_v, D=block_d, DV=block_dv, **config,
     )  # fmt: skip
     if splits > 1:
         rows = batch * heads * queries

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmops.backends import _extension, get
+from llmops.backends import _extension, _measured, get
 
 if TYPE_CHECKING:
     from llmops.dispatch import Call
@@ -117,10 +117,11 @@ def serves(call: Call) -> str | None:
 
 
 def yields(call: Call) -> str | None:
-    """Under "auto" Triton's kernels serve where they can: on the GPU measured so far, an H100, they
-    were faster in most shapes (benchmarks/results)."""
+    """Under "auto" Triton's kernels serve where they can, but for what _measured.py says."""
+    if _measured.SMALL in call.features:
+        return None
     if not SIMULATED and get("triton").supports(call) is not None:
-        return None  # it has no kernel for this, or a wrong one
+        return None  # it has no kernel for this
     return 'Triton was faster in most shapes on an H100; backend="cuda" asks for it'
 
 

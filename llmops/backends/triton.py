@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmops.backends import _linear_cross_entropy
+from llmops.backends import _linear_cross_entropy, _measured, get
 
 if TYPE_CHECKING:
     from llmops.dispatch import Call
@@ -84,8 +84,6 @@ _MISSING: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("probability targets",),
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
-# Of attention: its head dimensions, padded to powers of two, differ, and one is no multiple of 8.
-_UNLIKE = "head dimensions of unlike widths"
 
 
 def available() -> str | None:
@@ -113,24 +111,14 @@ def serves(call: Call) -> str | None:
     for feature in _MISSING.get(call.op, ()):
         if feature in call.features:
             return f"its {call.op} has no {feature}"
-    if _UNLIKE in call.features and call.dtype != torch.float32 and _on_hopper():
-        return (
-            f"its {call.op} of 16-bit tensors with head dimensions such as 33 and 20 gives wrong "
-            "results on Hopper GPUs; pad both to multiples of 8"
-        )
     return None
-
-
-def _on_hopper() -> bool:
-    """Seen with Triton 3.6.0, whose assembler is CUDA 12.8's; benchmarks/NOTES.md has what is known
-    of it, and of the one fp32 case that failed there without an explanation."""
-    if INTERPRETED or torch.version.cuda is None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability()[0] == 9
 
 
 def yields(call: Call) -> str | None:
-    return None
+    """Under "auto" small calls go to CUDA C++ where it was measured faster (_measured.py)."""
+    if _measured.SMALL not in call.features or get("cuda").supports(call) is not None:
+        return None
+    return 'CUDA C++ was faster for tensors of this size on an H100; backend="triton" asks for it'
 
 
 def describe(call: Call) -> str:

@@ -26,15 +26,6 @@ def tensors(op: str, dims: int, shape: str, **given: Tensor) -> None:
             _check.same_device(op, first_name, first, name, x)
 
 
-def widths(dim: int, dim_v: int) -> tuple[str, ...]:
-    """A feature where attention's two head dimensions differ, padded to powers of two, and one is
-    no multiple of 8."""
-    if dim == dim_v or not (dim % 8 or dim_v % 8):
-        return ()
-    alike = max(dim - 1, 15).bit_length() == max(dim_v - 1, 15).bit_length()
-    return () if alike else ("head dimensions of unlike widths",)
-
-
 def heads(op: str, k_name: str, heads: int, kv_heads: int) -> None:
     if kv_heads != heads and (kv_heads == 0 or heads % kv_heads != 0):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _autocast, _check, _sequences
+from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, is_tracing, shortcut
 
 
@@ -118,7 +118,6 @@ def attention(
         features += ("causal",)
     if q.shape[3] > 256 or v.shape[3] > 256:
         features += ("head_dim above 256",)
-    features += _sequences.widths(q.shape[3], v.shape[3])
     modifiers = PLAIN
     if modified:
         modifiers, extra = checked_modifiers(

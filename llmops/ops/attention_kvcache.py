@@ -99,7 +99,6 @@ def attention_kvcache(
         q, k_cache, v_cache = _autocast.lowered(q, k_cache, v_cache)
     _check_tensors(q, k_cache, v_cache, cache_seqlens, block_table, cache_leftpad)
     features: tuple[str, ...] = ("causal",) if causal else ()
-    features += _sequences.widths(q.shape[3], v_cache.shape[3])
     if block_table is not None:
         features += ("block_table",)
     modifiers = PLAIN

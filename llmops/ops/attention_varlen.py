@@ -96,7 +96,6 @@ def attention_varlen(
         q, k, v = _autocast.lowered(q, k, v)
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     features: tuple[str, ...] = ("causal",) if causal else ()
-    features += _sequences.widths(q.shape[2], v.shape[2])
     batch = cu_seqlens_q.shape[0] - 1
     modifiers, extra = checked_modifiers(
         _OP, q, batch, window, alibi_slopes, softcap, sinks, dropout_p, generator

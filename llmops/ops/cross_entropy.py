@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmops import reference
 from llmops.backends import get
+from llmops.backends._measured import size_of
 from llmops.dispatch import resolve
 from llmops.ops import _check, _dtensor
 from llmops.ops._op import Op, is_tracing, shortcut
@@ -92,7 +93,7 @@ def cross_entropy(
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"llmops.cross_entropy: z_loss must be finite, 0 or more; got {z_loss!r}")
     dtype = loss_dtype("cross_entropy", input, dtype)
-    features = ("probability targets",) if probabilities else ()
+    features = ("probability targets",) if probabilities else size_of("cross_entropy", input)
     widest = torch.float64 if dtype == torch.float64 else input.dtype
     name = resolve("cross_entropy", input.device, widest, features, backend)
     if name == "reference":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmops import reference
 from llmops.backends import get
+from llmops.backends._measured import size_of
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _norm
 from llmops.ops._op import Op, is_last, is_tracing, shortcut
@@ -58,7 +59,7 @@ def layer_norm(
     if _autocast.wants_fp32(x):
         x = x.float()
     dims, dtype = _norm.check("layer_norm", x, normalized_shape, weight, bias)
-    name = resolve("layer_norm", x.device, dtype, (), backend)
+    name = resolve("layer_norm", x.device, dtype, size_of("layer_norm", x), backend)
     if name == "reference":
         return reference.layer_norm(x, normalized_shape, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps, dims, name)
@@ -107,7 +108,7 @@ def add_layer_norm(
         return layer_norm(h.float(), normalized_shape, weight, bias, eps, backend=backend), h
     if residual.dtype == torch.float64:
         dtype = torch.float64
-    name = resolve("add_layer_norm", x.device, dtype, (), backend)
+    name = resolve("add_layer_norm", x.device, dtype, size_of("add_layer_norm", x), backend)
     if name == "reference":
         return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps)
     residual = _norm.kernel_residual(x, residual)

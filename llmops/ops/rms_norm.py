@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmops import reference
 from llmops.backends import get
+from llmops.backends._measured import size_of
 from llmops.dispatch import resolve
 from llmops.ops import _autocast, _norm
 from llmops.ops._op import Op, is_last, is_tracing, shortcut
@@ -56,12 +57,12 @@ def rms_norm(
             return raw(x, weight, _EPS if eps is None else eps)
         except RuntimeError:
             pass  # the checks below say what is wrong
-    if _autocast.wants_fp32(x):
+    if _autocast.RMS_NORM_IN_FP32 and _autocast.wants_fp32(x):
         x = x.float()
     dims, dtype = _norm.check("rms_norm", x, normalized_shape, weight)
     if eps is None:
         eps = reference.rms_norm_eps(x.dtype)
-    name = resolve("rms_norm", x.device, dtype, (), backend)
+    name = resolve("rms_norm", x.device, dtype, size_of("rms_norm", x), backend)
     if name == "reference":
         return reference.rms_norm(x, normalized_shape, weight, eps, weight_offset=weight_offset)
     return _rms_norm(x, weight, eps, dims, weight_offset, name)
@@ -103,7 +104,8 @@ def add_rms_norm(
             pass  # the checks below say what is wrong
     dims, dtype = _norm.check("add_rms_norm", x, normalized_shape, weight)
     _norm.check_residual("add_rms_norm", x, residual)
-    if _autocast.wants_fp32(x):  # as torch: the sum in its own dtype, the norm in fp32
+    # As torch: the sum in its own dtype, the norm in fp32.
+    if _autocast.RMS_NORM_IN_FP32 and _autocast.wants_fp32(x):
         h = x + residual
         return rms_norm(
             h.float(), normalized_shape, weight, eps, weight_offset=weight_offset, backend=backend
@@ -112,7 +114,7 @@ def add_rms_norm(
         dtype = torch.float64
     if eps is None:
         eps = reference.rms_norm_eps(x.dtype)
-    name = resolve("add_rms_norm", x.device, dtype, (), backend)
+    name = resolve("add_rms_norm", x.device, dtype, size_of("add_rms_norm", x), backend)
     if name == "reference":
         return reference.add_rms_norm(
             x, residual, normalized_shape, weight, eps, weight_offset=weight_offset

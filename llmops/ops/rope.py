@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmops import backends, reference
+from llmops.backends._measured import size_of
 from llmops.dispatch import learn_sharding, resolve
 from llmops.ops import _check
 from llmops.ops._op import LIBRARY, Op, is_tracing, refuse_transforms, shortcut
@@ -167,7 +168,7 @@ def _refuse_gradients(q: Tensor, k: Tensor) -> None:
 def _resolve(
     op: str, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, backend: str | None
 ) -> str:
-    name = resolve(op, x.device, x.dtype, (), backend)
+    name = resolve(op, x.device, x.dtype, size_of(op, x), backend)
     if name == "reference":
         if position_ids is not None and not _is_compiling():
             remedy = "; make longer tables with llmops.rope_tables"
