@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,6 +49,8 @@ assert list(aot.broken(job, product)) == ["16-bit products of 64 rows without HG
 assert not list(aot.broken(job, {**product, "instructions": ["HGMMA"]}))
 assert not list(aot.broken(job, {**product, "product": 32}))
 assert not list(aot.broken(replace(job, target="sm_80"), product))
+unwritten = {**good, "undefined": ["UMOV UR4, UR5 reads UR5"]}
+assert "nothing has written: UMOV" in list(aot.broken(job, unwritten))[0]
 for target, wanted in (("sm_80", "HMMA"), ("sm_100", "UTCHMMA"), ("gfx90a", "mfma")):
     (found,) = aot.broken(replace(job, target=target), {**product, "instructions": ["LDGSTS"]})
     assert f"without {wanted}" in found
@@ -109,3 +113,50 @@ assert launch.arguments["x"].is_meta and launch.arguments["mask"] is None
 assert launch.constants["BLOCK"] == 128
 """
     in_fresh_python(code)
+
+
+PROGRAM = """
+        /*0000*/                   ULDC.64 UR4, c[0x0][0x210] ;
+        /*0010*/              @P0  BRA `(.L_x_1) ;
+        /*0020*/                   UMOV UR6, 0x40 ;
+        /*0030*/                   UIADD3 UR7, UR6, UR5, URZ ;
+.L_x_1:
+        /*0040*/                   HGMMA.64x32x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_aot_reads_registers_that_nothing_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B's descriptor (UR6, UR7) is not written where the branch is taken."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import sass
+
+    (found,) = sass.undefined(PROGRAM)
+    assert found.startswith("HGMMA") and found.endswith("reads UR6, UR7")
+    assert sass.undefined(PROGRAM.replace("@P0", "   ").replace("BRA `(.L_x_1)", "NOP")) == []
+    assert sass.undefined(PROGRAM.replace("UMOV UR6", "UMOV UR9"))[0].endswith("reads UR6")
+    both = PROGRAM.replace("@P0  BRA", "@P0 UIADD3.64 UR6, UR4, UR4, URZ ;\n BRA")
+    assert len(sass.undefined(both)) == 0
+
+
+def test_aot_sees_what_the_assembler_gets_wrong() -> None:
+    """Values of 24 columns in tiles of 32, beside keys in 64, as before they were widened."""
+    code = """
+from llmops.kernels.triton import _attention_problem as problem
+def calls(make, call):
+    q, v = make(1, 4, 512, 40), make(1, 4, 512, 24)
+    call("d=40x24", "attention", q, q, v, None, False, 0.125)
+sys.modules["aot_calls.attention"] = module = type(sys)("calls")
+module.calls = calls
+def found():
+    recorder = aot_compile.Recorder()
+    recorder.run("attention", "sm_90", "bf16")
+    (job,) = recorder.jobs.values()
+    entry = job.result()
+    assert "HGMMA" in entry["instructions"]
+    return list(aot.broken(job, entry))
+assert found() == []
+problem.padded = lambda dim, dim_v, dtype: (64, 32)
+print(found())
+"""
+    assert "nothing has written: UIADD3" in in_fresh_python(code)

@@ -14,7 +14,8 @@ What is compiled, and how: aot_compile.py. Rules:
   (a spill goes to memory: what AMD's compiler moves to lanes of vector registers, or to the
   accumulation registers, is counted apart, as "moved")
 - shared memory within the target's limit, the grid within CUDA's
-- products of 16-bit values on tensor cores, by the instruction that the target has for their size
+- products of 16-bit values on tensor cores, by the instruction that the target has for their size,
+  whose operands' addresses come from registers that something has written (sass.py)
 - against the table: no entry more or less, no spill, nothing moved and no shared memory more, at
   most SLACK registers more, no instruction lost
 - every launcher and every kernel of kernels/triton has an entry
@@ -63,6 +64,8 @@ def broken(job: Job, entry: Entry) -> Iterator[str]:
             wanted = LARGE_PRODUCT.get(job.target, wanted)
         if wanted not in entry["instructions"]:
             yield f"16-bit products of {rows} rows without {wanted}: {entry['instructions']}"
+    for what in entry.get("undefined", ()):
+        yield f"a register that nothing has written: {what}"
 
 
 def grown(old: Entry, new: Entry) -> Iterator[str]:

@@ -28,6 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "aot")
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
+import sass  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from llmops.kernels.triton import _launch  # noqa: E402
@@ -76,16 +77,17 @@ def _rows_of_products(ttir: str) -> int:
 
 def _nvidia(asm: Any) -> Entry:
     """From the program itself: a spill is an access of local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-    def dump(what: str) -> str:
-        done = subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True)
-        return done.stdout
+    def dump(what: str, tool: str = "cuobjdump") -> str:
+        command = [str(tools / tool), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage, program = dump("--dump-resource-usage"), dump("--dump-sass")
+        undefined = sass.undefined(dump("-c", "nvdisasm")) if "HGMMA" in program else []
     found = re.search(r"REG:(\d+)", usage)
     assert found, usage
     instructions = re.findall(r"\b(HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS)\b", program)
@@ -94,6 +96,7 @@ def _nvidia(asm: Any) -> Entry:
         "registers": int(found[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", program)),
         "instructions": sorted({*instructions, *(f"{w}.128" for w in wide)}),
+        **({"undefined": undefined[:3]} if undefined else {}),
     }
 
 

@@ -32,6 +32,10 @@ def calls(make: Any, call: Any) -> None:
                 call(f"d={dim} {kind}", "attention_kvcache", q, *contiguous, lengths, None, *rest)
             if whole or queries > 1 or make.dtype == torch.float32:
                 call(f"d={dim} {kind} paged", "attention_kvcache", q, *pages, lengths, table, *rest)
+    if make.dtype == torch.bfloat16:  # as in attention.py
+        q, k = make(BATCH, 8, 512, 33), make(BATCH, 8, 8192, 33)
+        v = make(BATCH, 8, 8192, 20)
+        call("d=33x20 chunk", "attention_kvcache", q, k, v, lengths, None, None, True, 0.2)
     # Every modifier at once, and left pads.
     heads, kv_heads, dim = MODELS[0]
     for queries, kind in ((1, "decode"), (512, "chunk")):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+SPILLS = {"attention_bwd_dkdv bf16 d=128 packed": "as in attention.py"}
+
 
 def calls(make: Any, call: Any) -> None:
     if make.dtype != torch.bfloat16:
