@@ -89,17 +89,17 @@ gpu:
 test-quick: install
 	$(BIN)/python -m pytest -m "not slow"
 
-# The AVX-512 kernels without AVX-512: the same sources over tests/emulation/avx512.h, on AVX2.
-# CHECKS=avx512 runs every test that has an instruction set instead of the ones that matter most.
+# The AVX-512 and AMX kernels without either: the same sources over tests/emulation/avx512.h, on AVX2.
+# CHECKS=test runs every test that has such an instruction set instead of the ones that matter most.
 CHECKS ?= matches_reference or gradients or cpu_
 EMULATED_PARTS ?= 1
 test-emulated: install
-	@! grep -qw avx512_bf16 /proc/cpuinfo || \
-	echo "not needed here: this processor has AVX-512, and 'make test' runs those kernels on it"
+	@! grep -qw amx_bf16 /proc/cpuinfo || \
+	echo "not needed here: this processor has both, and 'make test' runs those kernels on it"
 	LLMOPS_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-lib build/emulated
 	cd build/emulated && LLMOPS_EMULATE_AVX512=1 \
 	LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(EMULATED_PARTS)} $(abspath $(BIN))/python -m pytest -q \
-	../../tests -k "avx512 and ($(CHECKS))"
+	../../tests -k "(avx512 or amx) and ($(CHECKS))"
 
 # The CPU kernels and their bindings under sanitizers. SANITIZED="softmax --only thread": a family.
 SANITIZED ?=
@@ -162,7 +162,7 @@ cuda-part:
 	$(MAKE) cuda-sanitize SANITIZE="--part head/5"
 
 # On x86-64 processors that cannot run all the CPU kernels themselves.
-EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw avx512_bf16 /proc/cpuinfo && \
+EMULATED := $(shell grep -qsw avx2 /proc/cpuinfo && ! grep -qw amx_bf16 /proc/cpuinfo && \
 	echo test-emulated)
 # Two of the four architectures, the other two on the next commit: nvcc takes minutes for all.
 CUDA_PAIR = $(shell cd tests && $(PYTHON) -c \

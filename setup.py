@@ -36,7 +36,7 @@ ISA_FLAGS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
     "-mprefer-vector-width=512",
     "avx512_bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
-    "-mprefer-vector-width=512",
+    "-mamx-tile -mamx-bf16 -mprefer-vector-width=512",
 }
 if not IS_X86:
     ISA_FLAGS = {"scalar": "-DLLMOPS_SCALAR_ONLY"}
@@ -46,7 +46,7 @@ EMULATED = os.environ.get("LLMOPS_EMULATE_AVX512", "0") == "1"
 if EMULATED:
     emulation = f"{ISA_FLAGS['avx2']} -O1 -include {ROOT}/tests/emulation/avx512.h -D__AVX512F__"
     ISA_FLAGS["avx512"] = emulation
-    ISA_FLAGS["avx512_bf16"] = f"{emulation} -D__AVX512BF16__"
+    ISA_FLAGS["avx512_bf16"] = f"{emulation} -D__AVX512BF16__ -D__AMX_BF16__"
 # For tests: some sources' bindings and kernels, those of this processor's best instruction set,
 # with a sanitizer. Address checks as calls, and no checks of null or alignment: each access inline
 # costs minutes of compile time.

@@ -45,7 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
         large = any(item.get_closest_marker(marker) for marker in ("large", "rotating"))
         if best is None and "attention" in item.path.stem:  # interpreted, seconds each: all rotate
             large = True
-        (kept if part.holds(item.nodeid, case, best, large) else left).append(item)
+        # Where an op has tiles, its best is that.
+        tiled = best is not None and case is not None and case.target.isa == "amx"
+        own = case.target if tiled else best
+        (kept if part.holds(item.nodeid, case, own, large) else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 

@@ -309,7 +309,9 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
 
 void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {
   // Pairs know a sign of the scale, not the factor 0.
-  if (kHasPairs && g.fwd.type == DType::bf16 && g.fwd.scale != 0.0f) {
+  // Processors with AMX multiply pairs at half the rate of fp32 (benchmarks/NOTES.md).
+  const bool fast = active_isa() != Isa::amx;
+  if (kHasPairs && fast && g.fwd.type == DType::bf16 && g.fwd.scale != 0.0f) {
     dispatch<bf16, kHasPairs>(g, task, scratch);
     return;
   }

@@ -4,10 +4,12 @@
 // Keys come in blocks of up to 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
 // scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
 // a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
-// in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16 always is.
+// by tiles (AMX) or in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16
+// always is.
 // 4 * Tq * Tk * D flops per head; K and V are read once per 64 queries.
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_dropout.h"
 #include "attention_score.h"
 #include "attention_tile.h"
@@ -17,6 +19,14 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
+#ifdef LLMOPS_HAS_TILES
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
+// How the products are computed: of bf16 there are three ways.
+enum class Way { widened, pairs, tiles };
 
 struct Scratch {
   float* q;                    // [padded D][64], or pairs [padded D / 2][64]
@@ -30,16 +40,16 @@ struct Scratch {
   float *m, *l, *alpha, *top;  // [64]
 };
 
-template <class T, bool kPairs, bool kForm>
+template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   Scratch s{};
   s.q = arena.take<float>(dim * kLanes);
   s.s = arena.take<float>(kKeys * kLanes);
   s.o = arena.take<float>(dim_v * kLanes);
-  if (kPairs) {
+  if (kWay != Way::widened) {
     s.pairs = arena.take<float>(kKeys / 2 * kLanes);
-    s.k = arena.take<float>(p.dim % 2 ? kKeys * dim / 2 : 0);
+    s.k = arena.take<float>(p.dim % 2 || kWay == Way::tiles ? kKeys * dim / 2 : 0);
     s.v = arena.take<float>(kKeys / 2 * dim_v);
   } else if (sizeof(T) == 2) {
     s.k = arena.take<float>(kKeys * dim);
@@ -112,10 +122,10 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor)
 }
 
 // Keys [key, key + keys) for the block's rows.
-template <class T, bool kPairs, bool kForm>
+template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                             int64_t key, int keys) {
-  constexpr bool kNatural = kForm;
+  constexpr bool kNatural = kForm, kPairs = kWay != Way::widened;
   const KeyRows<T> k =
       key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
   const KeyRows<T> v =
@@ -128,9 +138,20 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     store(s.top + j * W, set1(-kInf));
   }
 
+  const bool cut = kForm || block.cuts(key, keys);
   Cells k_cells = cells(k.first, k.stride * kSize, 4);
   int64_t k_steps = p.dim;
-  if constexpr (kPairs) {
+  if constexpr (kWay == Way::tiles) {
+#ifdef LLMOPS_HAS_TILES
+    // As they lie, where whole tiles do.
+    if (keys % kSide != 0 || p.dim % kDepth != 0) {
+      pad_rows(k.first, k.stride, keys, static_cast<int>(round_up(keys, kSide)), p.dim, s.k);
+      k_cells = cells(s.k, dim * 2, 4);
+    }
+    scores_by_tiles(k_cells.base, k_cells.row, s.q, dim / kDepth, keys, block.vecs, visible, s.s,
+                    cut ? nullptr : s.top);
+#endif
+  } else if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     k_steps = (p.dim + 1) / 2;
     if (p.dim % 2) {
@@ -142,16 +163,23 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     widen_rows(k.first, k.stride, keys, p.dim, s.k, dim);
     k_cells = cells(s.k, dim * 4, 4);
   }
-  scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
+  if constexpr (kWay != Way::tiles)
+    scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
 
-  if (kForm || block.cuts(key, keys))
-    modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
+  if (cut) modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
   if (kForm && s.keep) dropout_weights(p, block, key, visible, s.keep);
   const Vec factor = set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e);
   for (int j = 0; j < block.vecs; ++j) {
     if (visible[j] > 0) softmax_lanes<kPairs, kNatural>(s, j, visible[j], factor);
   }
 
+#ifdef LLMOPS_HAS_TILES
+  if constexpr (kWay == Way::tiles) {
+    transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys / 2);
+    update_by_tiles(s.v, kKeys / 2, p.dim_v, s.pairs, block.vecs, visible, s.o, s.alpha);
+    return;
+  }
+#endif
   Cells v_cells = cells(v.first, 4, v.stride * 4);
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
@@ -166,10 +194,10 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   update_lanes<kPairs>(v_cells, p.dim_v, kPairs ? s.pairs : s.s, block.vecs, visible, s.o, s.alpha);
 }
 
-template <class T, bool kPairs, bool kForm>
+template <class T, Way kWay, bool kForm>
 void run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
-  const Scratch s = layout<T, kPairs, kForm>(p, arena);
+  const Scratch s = layout<T, kWay, kForm>(p, arena);
   const auto [group, index, split] = task_of(p, task);
   QueryBlock block;
   begin_block(p, group, index, block);
@@ -178,7 +206,7 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
   const T* row[kLanes];
   block_rows(block, static_cast<const T*>(p.q), p.q_stride, row);
   const float sign = split_scale(p.scale).query;
-  if constexpr (kPairs) {
+  if constexpr (kWay != Way::widened) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     pack_lane_pairs(row, block.count, p.dim, sign < 0.0f, s.q);
 #endif
@@ -188,7 +216,9 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
   for (int j = 0; j < block.vecs; ++j) {
     store(s.m + j * W, set1(-kInf));
     store(s.l + j * W, zero());
-    for (int64_t d = 0; d < p.dim_v; ++d) store(s.o + d * kLanes + j * W, zero());
+    // Tiles are whole.
+    const int64_t rows = kWay == Way::tiles ? round_up(p.dim_v, 16) : p.dim_v;
+    for (int64_t d = 0; d < rows; ++d) store(s.o + d * kLanes + j * W, zero());
   }
 
   if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
@@ -204,9 +234,16 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
   if (end > begin) {
     // Blocks of equal size, so that the last one is not a sliver.
     const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
-    const int64_t step = round_up((end - begin + blocks - 1) / blocks, kTileRows);
+    const int64_t whole = kWay == Way::tiles ? 32 : kTileRows;
+    const int64_t step = round_up((end - begin + blocks - 1) / blocks, whole);
+#ifdef LLMOPS_HAS_TILES
+    if (kWay == Way::tiles) begin_tiles();
+#endif
     for (int64_t key = begin; key < end; key += step)
-      add_keys<T, kPairs, kForm>(p, block, s, key, static_cast<int>(min64(step, end - key)));
+      add_keys<T, kWay, kForm>(p, block, s, key, static_cast<int>(min64(step, end - key)));
+#ifdef LLMOPS_HAS_TILES
+    if (kWay == Way::tiles) end_tiles();
+#endif
   }
 
   const float unit = kForm ? 1.0f : kLn2;
@@ -234,40 +271,47 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
   }
 }
 
-template <class T, bool kPairs>
+template <class T, Way kWay>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
   if (is_modified(p)) {
-    run<T, kPairs, kModified>(p, task, scratch);
+    run<T, kWay, kModified>(p, task, scratch);
   } else {
-    run<T, kPairs, kPlain>(p, task, scratch);
+    run<T, kWay, kPlain>(p, task, scratch);
   }
 }
 
 // bf16 in pairs needs a query sign, not a factor: scale 0 takes the widening path.
-LLMOPS_INLINE bool use_pairs(const AttentionParams& p) {
-  return kHasPairs && p.type == DType::bf16 && p.scale != 0.0f;
+LLMOPS_INLINE Way way_of(const AttentionParams& p) {
+  if (!kHasPairs || p.type != DType::bf16 || p.scale == 0.0f) return Way::widened;
+  return kHasTiles && active_isa() == Isa::amx ? Way::tiles : Way::pairs;
 }
 
 }  // namespace
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {
-  Arena arena{nullptr};
+  Arena widened{nullptr}, paired{nullptr};
   if (p.type == DType::f32) {
-    layout<float, false, kModified>(p, arena);
+    layout<float, Way::widened, kModified>(p, widened);
   } else {
-    layout<bf16, false, kModified>(p, arena);
+    layout<bf16, Way::widened, kModified>(p, widened);
   }
-  Arena pairs{nullptr};
-  layout<bf16, true, kModified>(p, pairs);
-  return max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
+  layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(p, paired);
+  return max64(widened.next - static_cast<char*>(nullptr),
+               paired.next - static_cast<char*>(nullptr));
 }
 
 void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
-  if (use_pairs(p)) {
-    dispatch<bf16, kHasPairs>(p, task, scratch);
-    return;
+  if constexpr (kHasPairs) {
+    switch (way_of(p)) {
+      case Way::pairs:
+        return dispatch<bf16, Way::pairs>(p, task, scratch);
+      case Way::tiles:
+        return dispatch<bf16, kHasTiles ? Way::tiles : Way::pairs>(p, task, scratch);
+      case Way::widened:
+        break;
+    }
   }
-  LLMOPS_DISPATCH(p.type, T, (dispatch<T, false>(p, task, scratch)));
+  LLMOPS_DISPATCH(p.type, T, (dispatch<T, Way::widened>(p, task, scratch)));
 }
 
 }  // namespace llmops::cpu::LLMOPS_ISA

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-ISA_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISA_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def _load() -> str | None:

@@ -56,6 +56,7 @@ LINEAR_AHEAD = {
     "avx2": {torch.float32: "few rows", torch.bfloat16: "any rows", torch.float16: "any rows"},
     "avx512": {torch.bfloat16: "few rows", torch.float16: "few rows"},
     "avx512_bf16": {torch.bfloat16: "few rows", torch.float16: "few rows"},
+    "amx": {torch.bfloat16: "few rows", torch.float16: "few rows"},
 }
 
 
@@ -71,7 +72,7 @@ def available() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set the kernels run on: scalar, avx2, avx512 or avx512_bf16."""
+    """The instruction set the kernels run on: scalar, avx2, avx512, avx512_bf16 or amx."""
     return str(torch.ops.llmops_cpu.isa_active())
 
 

@@ -159,6 +159,9 @@ class Target:
             _extension.select_isa(before)
 
 
+_TILED = {"attention", "attention_kvcache", "attention_varlen", "scaled_dot_product_attention"}
+
+
 def targets(op: str | None = None, *, partial: bool = False) -> list[Target]:
     """Every backend usable here, the CPU kernels once per instruction set of this machine.
 
@@ -173,7 +176,9 @@ def targets(op: str | None = None, *, partial: bool = False) -> list[Target]:
     if reason is not None:
         raise ImportError(f"llmops.testing: the CPU kernels cannot be tested: {reason}")
     best = _extension.ISA_NAMES.index(torch.ops.llmops_cpu.isa_best())
-    found = [Target("cpu", "cpu", isa) for isa in _extension.ISA_NAMES[: best + 1]]
+    isas = _extension.ISA_NAMES[: best + 1]
+    # Others' kernels are those of avx512_bf16.
+    found = [Target("cpu", "cpu", isa) for isa in isas if isa != "amx" or op in _TILED]
     triton, cuda = get("triton"), get("cuda")
     if triton.INTERPRETED and triton.available() is None:
         found.append(Target("triton", "cpu"))

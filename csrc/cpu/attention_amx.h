@@ -1,0 +1,181 @@
+// The two matrix products of attention's forward by AMX, whose tiles are 16 rows of 64 bytes:
+// C[16][16] += A[16][32] B[32][16] in bf16, B in pairs of rows, is one instruction of 16384 flops.
+//
+// B is what vdpbf16ps takes as well: queries and probabilities in lanes, pairs in a cell. A are K's
+// rows as they lie, and V transposed. Tiles are 16 keys by a vector of queries, two by two of them
+// at a time, so that each that is loaded is used twice.
+#pragma once
+#include "attention_tile.h"
+
+#if defined(__AMX_BF16__) && defined(LLMOPS_HAS_DOT_PAIRS)
+#define LLMOPS_HAS_TILES 1
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kSide = 16;   // rows of a tile, and its fp32 columns
+constexpr int kDepth = 32;  // bf16 values that a step multiplies
+
+// GCC's tile instructions do not say that they read and write memory.
+LLMOPS_INLINE void memory_is_used(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+// All eight registers as whole tiles; until end_tiles, in this thread.
+LLMOPS_OUTLINE void begin_tiles() {
+  struct {
+    uint8_t palette, start, zeros[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 4 * kSide, config.rows[i] = kSide;
+  memory_is_used(&config);
+  _tile_loadconfig(&config);
+}
+// Tile state that is not released makes every switch of threads slower.
+LLMOPS_OUTLINE void end_tiles() { _tile_release(); }
+
+// out [16 R][16 C of 64] = A B, or += with `add`. a: 16 R rows of `steps` times 32 bf16, row_bytes
+// apart; b: [16 steps][64] pairs.
+template <int R, int C>
+LLMOPS_OUTLINE void tile_product(const char* a, int64_t row_bytes, const float* b, int64_t steps,
+                                 float* out, bool add) {
+  constexpr int64_t kRow = kLanes * 4;
+  memory_is_used(a);
+  float* const below = out + kSide * kLanes;
+  if (add) {
+    _tile_loadd(0, out, kRow);
+    if constexpr (C > 1) _tile_loadd(1, out + kSide, kRow);
+    if constexpr (R > 1) _tile_loadd(2, below, kRow);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, below + kSide, kRow);
+  } else {
+    _tile_zero(0);
+    if constexpr (C > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && C > 1) _tile_zero(3);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, a, row_bytes);
+    _tile_loadd(6, b, kRow);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C > 1) {
+      _tile_loadd(7, b + kSide, kRow);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R > 1) {
+      _tile_loadd(5, a + kSide * row_bytes, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (C > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    a += 2 * kDepth;
+    b += kSide * kLanes;
+  }
+  _tile_stored(0, out, kRow);
+  if constexpr (C > 1) _tile_stored(1, out + kSide, kRow);
+  if constexpr (R > 1) _tile_stored(2, below, kRow);
+  if constexpr (R > 1 && C > 1) _tile_stored(3, below + kSide, kRow);
+  memory_is_used(out);
+}
+LLMOPS_INLINE void tile_products(int rows, int columns, const char* a, int64_t row_bytes,
+                                 const float* b, int64_t steps, float* out, bool add) {
+  with_constant<2>(rows, [&](auto r) {
+    with_constant<2>(
+        columns, [&](auto c) { tile_product<r.value, c.value>(a, row_bytes, b, steps, out, add); });
+  });
+}
+
+// f(first vector, how many) of pairs of vectors that see more than `keys`; visible is not
+// decreasing.
+template <class F>
+LLMOPS_INLINE void for_vectors(int vecs, const int* visible, int keys, const F& f) {
+  for (int c = 0; c < vecs; c += 2) {
+    const int end = c + 2 < vecs ? c + 2 : vecs;
+    int first = c;
+    while (first < end && visible[first] <= keys) ++first;
+    if (first < end) f(first, end - first);
+  }
+}
+
+// S^T [keys][64] = K Q^T, where some lane of a vector sees a key; rows up to the next 16th are
+// written, too. And the lanes' maximum over the keys that each vector sees, when asked for. k: rows
+// up to there, zeros up to the next 32nd column.
+LLMOPS_OUTLINE void scores_by_tiles(const char* k, int64_t row_bytes, const float* q, int64_t steps,
+                                    int keys, int vecs, const int* visible, float* out,
+                                    float* top) {
+  for (int i = 0; i < keys; i += 2 * kSide) {
+    for_vectors(vecs, visible, i, [&](int j, int columns) {
+      const int rows = visible[j + columns - 1] > i + kSide ? 2 : 1;
+      tile_products(rows, columns, k + i * row_bytes, row_bytes, q + j * W, steps,
+                    out + i * kLanes + j * W, false);
+      if (!top) return;
+      for (int c = j; c < j + columns; ++c) {
+        const int end = visible[c] < i + 2 * kSide ? visible[c] : i + 2 * kSide;
+        Vec m = load(top + c * W);
+        for (int r = i; r < end; ++r) m = max(load(out + r * kLanes + c * W), m);
+        store(top + c * W, m);
+      }
+    });
+  }
+}
+
+// O^T [rows][64] = O^T * alpha + V^T P. v: [up to the next 16th row][v_cells] pairs of keys; of P,
+// pairs [][64], what a vector does not see up to the next 32nd key is overwritten with zeros.
+LLMOPS_OUTLINE void update_by_tiles(const float* v, int64_t v_cells, int64_t rows, float* pairs,
+                                    int vecs, const int* visible, float* out, const float* alpha) {
+  for_vectors(vecs, visible, 0, [&](int j, int columns) {
+    const int steps = (visible[j + columns - 1] + kDepth - 1) / kDepth;
+    for (int c = j; c < j + columns; ++c) {
+      for (int i = (visible[c] + 1) / 2; i < steps * kSide; ++i)
+        store(pairs + i * kLanes + c * W, zero());
+      const Vec factor = load(alpha + c * W);
+      if (mask_bits(equal(factor, set1(1.0f))) == 0xffffu) continue;
+      for (int64_t d = 0; d < rows; ++d) {
+        float* o = out + d * kLanes + c * W;
+        store(o, load(o) * factor);
+      }
+    }
+    for (int64_t d = 0; d < rows; d += 2 * kSide) {
+      tile_products(rows - d > kSide ? 2 : 1, columns,
+                    reinterpret_cast<const char*>(v + d * v_cells), v_cells * 4, pairs + j * W,
+                    steps, out + d * kLanes + j * W, true);
+    }
+  });
+}
+
+// out: `padded` rows (a multiple of 16) of dim up to the next 32nd column, zeros where none are.
+LLMOPS_OUTLINE void pad_rows(const bf16* in, int64_t stride, int rows, int padded, int64_t dim,
+                             float* out) {
+  const int64_t cells = round_up(dim, kDepth) / 2;
+  for (int i = 0; i < padded; ++i) {
+    for (int64_t d = 0; d < dim; d += kDepth)
+      store(out + i * cells + d / 2,
+            i < rows ? load_pairs_n(in + i * stride + d, clamp_int(dim - d, 0, kDepth)) : zero());
+  }
+}
+
+// out [dim up to the next 32nd][cells]: cell (d, i) is (in[2i][d], in[2i + 1][d]), for keys up to
+// the next 32nd; zeros where there are none.
+LLMOPS_OUTLINE void transpose_rows(const bf16* in, int64_t stride, int rows, int64_t dim,
+                                   float* out, int64_t cells) {
+  const auto row = [&](int i, int64_t d) __attribute__((always_inline)) {
+    return i < rows ? load_pairs_n(in + i * stride + d, clamp_int(dim - d, 0, kDepth)) : zero();
+  };
+  for (int i = 0; i < rows; i += kDepth) {
+    for (int64_t d = 0; d < dim; d += kDepth) {
+      Vec pairs[2][kSide];
+      for (int r = 0; r < kSide; ++r) {
+        Vec both[2];
+        interleave_pairs(row(i + 2 * r, d), row(i + 2 * r + 1, d), both);
+        pairs[0][r] = both[0], pairs[1][r] = both[1];
+      }
+      for (int h = 0; h < 2; ++h) {
+        transpose(pairs[h]);
+        LLMOPS_UNROLL for (int r = 0; r < kSide; ++r)
+            store(out + (d + h * kSide + r) * cells + i / 2, pairs[h][r]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace llmops::cpu::LLMOPS_ISA
+#endif
