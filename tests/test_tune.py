@@ -132,6 +132,31 @@ def test_tune_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs a CUDA or ROCm GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1", "many"])
+def test_tune_refuses_no_number_of_jobs(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmops.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["tune", f"--jobs={jobs}"])
+    assert f"a number of processes, 1 or more; got {jobs!r}" in capsys.readouterr().err
+
+
+def test_tune_says_which_compilers_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmops.bench import tune
+
+    ends = iter((0, 3, 0))
+    started = [sys.executable, "-c"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        tune.subprocess, "Popen",
+        lambda command, **how: popen([*started, f"raise SystemExit({next(ends)})"]),
+    )  # fmt: skip
+    tune._compile_all(["softmax"], 3)
+    assert "of 3 compiling processes 1 failed" in capsys.readouterr().err
+
+
 CANDIDATES = """
 import torch, llmops
 from llmops.bench import tune

@@ -66,6 +66,12 @@ def widens_products(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and LINEAR_AHEAD[isa()].get(dtype) == "any rows"
 
 
+def holds_logits(dtype: torch.dtype) -> bool:
+    """Whether linear_cross_entropy's logits may be held for the backward in this dtype: not where
+    products, and with them the logits, are widened."""
+    return dtype == torch.float32 or not widens_products(dtype)
+
+
 def available() -> str | None:
     """None when usable, else the reason."""
     return _extension.REASON

@@ -37,8 +37,14 @@ Time = Callable[[Callable[[], Any], int], float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("ops", nargs="*", help="as of llmops bench; all where none is named")
-    add("--jobs", type=int, default=1, help="processes that compile candidates first (1: none)")
+    add("--jobs", type=_jobs, default=1, help="processes that compile candidates first (1: none)")
     add("--share", metavar="K/N", help=argparse.SUPPRESS)  # compile the K-th of every N, no more
+
+
+def _jobs(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is a number of processes, 1 or more; got {text!r}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         collected = cases.collect(arguments.ops, device="cuda")
         if arguments.share:
             compile_share(collected, *map(int, arguments.share.split("/")))
-            return 0
+            os._exit(0)  # some die of a thread of torch's at the end (benchmarks/NOTES.md)
         if arguments.jobs > 1:
             _compile_all(arguments.ops, arguments.jobs)
         found = search(collected)
@@ -68,8 +74,13 @@ def _compile_all(ops: list[str], jobs: int) -> None:
         subprocess.Popen([*command, f"{k}/{jobs}"], env=environment, stderr=subprocess.DEVNULL)
         for k in range(jobs)
     ]
-    for process in running:
-        process.wait()
+    failed = [k for k, process in enumerate(running) if process.wait() != 0]
+    if failed:
+        print(
+            f"llmops tune: of {jobs} compiling processes {len(failed)} failed; the search compiles "
+            "what they left, one kernel after the other",
+            file=sys.stderr,
+        )
 
 
 def _asked(collected: Iterable[Case]) -> Iterable[tuple[Case, str, Any, list[dict[str, Any]]]]:

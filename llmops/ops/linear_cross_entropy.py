@@ -136,10 +136,19 @@ def linear_cross_entropy(
 
         loss = _losses.linear_cross_entropy(*arguments, wanted, name)
     else:
-        keep = name == "cpu" and wanted[1] and input.dtype == torch.float32
-        keep = keep and keeps_logits(len(arguments[0]), *linear_weight.shape[::-1])
+        keep = name == "cpu" and wanted[1] and _holds_logits(input.dtype)
+        shape, size = linear_weight.shape[::-1], input.dtype.itemsize
+        keep = keep and keeps_logits(len(arguments[0]), *shape, size)
         loss = _linear_cross_entropy(*arguments, *wanted, keep, name)[0]
     return loss[0] if one and reduction == "none" else loss
+
+
+def _holds_logits(dtype: torch.dtype) -> bool:
+    return bool(get("cpu").holds_logits(dtype))
+
+
+# As in dispatch.py: a compiler need not trace how the processor was asked.
+_holds_logits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_arguments(
@@ -280,16 +289,18 @@ def _fake(
     dtype: torch.dtype, want_input: bool, want_weight: bool, want_bias: bool, keep_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def wide(shape: Any, wanted: bool) -> Tensor:
+    def wide(shape: Any, wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         if not wanted or backend == "reference":
             return _empty(input)
-        return input.new_empty(shape, dtype=torch.float32)
+        return input.new_empty(shape, dtype=dtype)
 
     kept = (len(input) * len(linear_weight),)
     return (
         input.new_empty(target.shape if reduction == "none" else (), dtype=dtype),
         input.new_empty(input.shape) if want_input and backend != "reference" else _empty(input),
-        wide(kept if keep_logits else linear_weight.shape, want_weight),
+        wide(kept, want_weight, input.dtype)
+        if keep_logits
+        else wide(linear_weight.shape, want_weight),
         wide(linear_weight.shape[:1], want_bias),
     )
 
