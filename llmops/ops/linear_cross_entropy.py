@@ -137,8 +137,8 @@ def linear_cross_entropy(
         loss = _losses.linear_cross_entropy(*arguments, wanted, name)
     else:
         keep = name == "cpu" and wanted[1] and _holds_logits(input.dtype)
-        shape, size = linear_weight.shape[::-1], input.dtype.itemsize
-        keep = keep and keeps_logits(len(arguments[0]), *shape, size)
+        classes, width = linear_weight.shape
+        keep = keep and keeps_logits(len(arguments[0]), width, classes, input.dtype.itemsize)
         loss = _linear_cross_entropy(*arguments, *wanted, keep, name)[0]
     return loss[0] if one and reduction == "none" else loss
 
