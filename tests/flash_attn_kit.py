@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmops.testing import assert_close
+from llmops.testing.specs._attention_floors import of_delta
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -95,13 +96,16 @@ def check(
 ) -> None:
     """Results and gradients of shim(*inputs) -> (out, lse) against `plain` in fp64. Allowed is what
     the kit allows: a multiple of the error of `plain` in the inputs' dtype."""
-    results = []
+    results, floors = [], [torch.zeros(())] * len(inputs)
     for fn, dtype in ((shim, None), (plain, torch.float64), (plain, None)):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         out, lse = fn(*leaves)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype)
-        grads = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        grads = torch.autograd.grad(out, leaves, cotangent, retain_graph=True, allow_unused=True)
+        if dtype is not None and inputs[0].dtype == torch.float32:
+            turned = (x.transpose(-3, -2) for x in (out, cotangent))  # lse has the heads first
+            floors = of_delta(next(turned), lse, next(turned), leaves, torch.float32)
         grads = [
             torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
         ]
@@ -118,9 +122,10 @@ def check(
     whole += [
         (f"gradient {i}", 3.0, *g) for i, g in enumerate(zip(grads, grads_o, grads_y, strict=True))
     ]
-    for name, factor, *tensors in whole:
+    for (name, factor, *tensors), floor in zip(whole, (torch.zeros(()), *floors), strict=True):
         got, oracle, yardstick = (x.flatten() for x in tensors)
-        assert_close(got, oracle, yardstick, factor=factor, what=f"{what}: {name}")
+        own = floor.expand_as(tensors[0]).flatten()
+        assert_close(got, oracle, yardstick, factor=factor, what=f"{what}: {name}", floor=own)
 
 
 def combinations(*shapes: Any) -> Any:

@@ -33,8 +33,11 @@ def results(reference: Callable[..., Any]) -> Callable[[Sample], list[Tensor]]:
     return floor
 
 
-def gradients(reference: Callable[..., Any]) -> Callable[[Sample], list[Tensor]]:
-    """Of each input: what the rounding of `out`, and of P before it, does by delta = dout . out.
+def of_delta(
+    out: Tensor, lse: Tensor, cotangent: Tensor, wanted: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """What the rounding of `out`, and of P before it, does to gradients by delta = dout . out; out
+    and lse in fp64, of inputs in `dtype`.
 
     dS = P (dout v^T - delta) is a difference, and a delta off by e moves it as an incoming gradient
     of lse of that size does. e of 16 bits: half an eps of each of out's Dv values, adding up in
@@ -43,20 +46,24 @@ def gradients(reference: Callable[..., Any]) -> Callable[[Sample], list[Tensor]]
     standard deviations 0.87 eps. Where many queries see a key it averages away; where one does, it
     stays: PyTorch's product and sum of a row that sees one key cancel to nothing, if by luck.
     """
+    size = 0.5 if dtype.itemsize == 2 else 0.87 * (2 * out.shape[-1]) ** 0.5
+    off = size * torch.finfo(dtype).eps * (cotangent * out.detach()).norm(dim=-1)
+    if not wanted or not lse.requires_grad:  # no keys: no gradient
+        return [torch.zeros_like(w) for w in wanted]
+    grads = torch.autograd.grad(lse, wanted, off.reshape(lse.shape), allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g.nan_to_num(0.0).abs()
+            for g, w in zip(grads, wanted, strict=True)]  # fmt: skip
+
+
+def gradients(reference: Callable[..., Any]) -> Callable[[Sample], list[Tensor]]:
+    """`of_delta` of each input that takes a gradient."""
 
     def floor(sample: Sample) -> list[Tensor]:
         args, kwargs = _wide(sample)
         out, lse = reference(*args, **{**kwargs, "return_lse": True})
-        dtype = sample.args[0].dtype
-        size = 0.5 if dtype.itemsize == 2 else 0.87 * (2 * out.shape[-1]) ** 0.5
-        off = size * torch.finfo(dtype).eps * (_cotangent(out) * out.detach()).norm(dim=-1)
-        wanted = leaves(args, kwargs)
-        if not wanted or not lse.requires_grad:  # no keys: no gradient
-            return [torch.zeros_like(w) for w in wanted]
-        if off.dim() == 2:  # of packed sequences: lse is [Hq, total_q]
-            off = off.transpose(0, 1)
-        grads = torch.autograd.grad(lse, wanted, off, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g.nan_to_num(0.0).abs()
-                for g, w in zip(grads, wanted, strict=True)]  # fmt: skip
+        cotangent = _cotangent(out)
+        if out.dim() == 3:  # of packed sequences: lse is [Hq, total_q]
+            out, cotangent = out.transpose(0, 1), cotangent.transpose(0, 1)
+        return of_delta(out, lse, cotangent, leaves(args, kwargs), sample.args[0].dtype)
 
     return floor
