@@ -111,8 +111,8 @@ class Block:
 
     def matrices(self, op: str, text: str) -> None:
         """ldmatrix and stmatrix: 8 x 8 values of 16 bits, a row at the address of each thread."""
-        count, turned = int(re.search(r"\.x(\d)", op)[1]), ".trans" in op  # type: ignore[index]
-        names = [x.strip() for x in re.search(r"\{([^}]*)\}", text)[1].split(",")]  # type: ignore[index]
+        count, turned = int(op.split(".x")[1][0]), ".trans" in op
+        names = [x.strip() for x in text.split("{")[1].split("}")[0].split(",")]
         _, address = self.access("shared", text)
         for warp in range(self.threads // 32):
             lanes = slice(32 * warp, 32 * warp + 32)

@@ -1,4 +1,5 @@
-"""The specs of the kit on the samples' device: on a GPU, nothing of them may be left on the CPU."""
+"""The specs of the kit: on a GPU nothing of them may be left on the CPU, and what they allow beyond
+the error rule hides nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmops.testing import Make, OpSpec, specs
+from llmops.testing import Make, OpSpec, Target, specs
+from llmops.testing._core import expected, gradient_floors, result_floors
 
 # Between devices: copies, and an index, which may lie on the CPU.
 MAY_MIX = ("copy_", "aten.index.Tensor", "aten.index_put")
@@ -62,3 +64,23 @@ def test_specs_device_check_can_fail() -> None:
     )  # fmt: skip
     with OneDevice(), pytest.raises(AssertionError, match="aten.add.Tensor"):
         mixed.reference(torch.empty(3, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_kvcache", "attention_varlen"])
+def test_specs_floors_hide_no_narrower_product(name: str) -> None:
+    """What fp32 may be off by beyond the rule stays far below what a product in bf16 (2^-9) or
+    TF32 (2^-11) would do to the largest value."""
+    spec = importlib.import_module(f"llmops.testing.specs.{name}").SPEC
+    seen = 0
+    for sample in spec.samples(Make(torch.float32)):
+        results, gradients = expected(spec, sample)[0]
+        own, of_gradients = result_floors(spec, sample, len(results)), []
+        if gradients:
+            of_gradients = gradient_floors(spec, sample, Target("cpu", "cpu"))
+        pairs = zip([*own, *of_gradients], [*results, *gradients], strict=True)
+        for floor, value in pairs:
+            largest = value.masked_fill(value.isinf(), 0.0).abs().nan_to_num(0.0)
+            if largest.any():
+                assert float(floor.max() / largest.max()) < 2.0**-15, sample.id
+                seen += 1
+    assert seen > 10

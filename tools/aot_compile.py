@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sass
+
 ROOT = Path(__file__).resolve().parent.parent
 # Kernels that the interpreter wraps cannot be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "aot")
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
-import sass  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from llmops.kernels.triton import _launch  # noqa: E402

@@ -167,7 +167,8 @@ def summary(names: Iterable[str]) -> dict[str, Any]:
         units = {}
         for unit, own in record["units"].items():
             units[unit] = {k: v for k, v in own.items() if k not in ("result", "seen", "tail")}
-            if own["state"] == "failed" or own["state"] == "killed":
+            # Of tests `failures` says it, and their output names the machine's folders.
+            if own["state"] in ("failed", "killed") and "failures" not in own:
                 units[unit]["tail"] = own.get("tail", "")
             machine = own.get("result", own).get("machine", machine)  # the last has busy clocks
             for run in own.get("result", {}).get("runs", ()):

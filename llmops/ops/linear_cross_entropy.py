@@ -147,7 +147,8 @@ def _holds_logits(dtype: torch.dtype) -> bool:
     return bool(get("cpu").holds_logits(dtype))
 
 
-# As in dispatch.py: a compiler need not trace how the processor was asked.
+# As in dispatch.py: a compiler need not trace how the processor was asked. torch's own mark, of
+# which mypy knows nothing.
 _holds_logits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
