@@ -118,18 +118,18 @@ def test_linear_accumulates_in_fp32(target: Target) -> None:
 def test_linear_auto_follows_the_table(target: Target, dtype: torch.dtype) -> None:
     weight = torch.randn(12, 20).to(dtype)
     assert target.isa is not None
-    ahead = cpu.LINEAR_AHEAD[target.isa].get(dtype)
+    ahead = cpu.LINEAR_AHEAD[target.isa].get(dtype, 0)
     with target.active():
-        for rows in (1, 8, 9, 100):
+        for rows in (1, 8, 9, 16, 17, 128, 129):
             x = torch.randn(rows, 20).to(dtype)
-            ours = ahead == "any rows" or (ahead == "few rows" and rows <= 8)
+            ours = rows <= ahead
             found = llmops.explain("linear", x, weight)
             if ours:
                 assert found.kernel == f"C++ linear [{target.isa}]" and not found.rejected
             else:
                 assert found.kernel == "torch's own matrix product"
                 assert "torch's own product is as fast" in found.rejected["cpu"]
-                assert ("beyond few rows" in found.rejected["cpu"]) == (ahead is not None)
+                assert (f"beyond {ahead} rows" in found.rejected["cpu"]) == (ahead > 0)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # torch's own product is nothing to warn of
                 y = llmops.linear(x, weight)

@@ -48,7 +48,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   p.y_stride = n;
 
   // A product of bf16 pairs does twice the flops of the fp32 ones that matmul makes of them.
-  const bool pairs = p.type == cpu::DType::bf16 && cpu::active_isa() == cpu::Isa::avx512_bf16;
+  const bool pairs = p.type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16;
   if (p.rows >= kManyRows && !pairs) {
     const cpu::MatmulOperand a{x.data_ptr(), x_step, 1}, b{p.w, p.w_stride, 1};
     matmul({p.type, p.rows, n, k, a, b, p.bias, p.y, p.y_stride});

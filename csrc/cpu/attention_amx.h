@@ -1,38 +1,16 @@
-// The two matrix products of attention's forward by AMX, whose tiles are 16 rows of 64 bytes:
-// C[16][16] += A[16][32] B[32][16] in bf16, B in pairs of rows, is one instruction of 16384 flops.
+// The two matrix products of attention's forward by AMX (amx.h).
 //
 // B is what vdpbf16ps takes as well: queries and probabilities in lanes, pairs in a cell. A are K's
 // rows as they lie, and V transposed. Tiles are 16 keys by a vector of queries, two by two of them
 // at a time, so that each that is loaded is used twice.
 #pragma once
+#include "amx.h"
 #include "attention_tile.h"
 
-#if defined(__AMX_BF16__) && defined(LLMOPS_HAS_DOT_PAIRS)
-#define LLMOPS_HAS_TILES 1
+#ifdef LLMOPS_HAS_TILES
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
-
-constexpr int kSide = 16;   // rows of a tile, and its fp32 columns
-constexpr int kDepth = 32;  // bf16 values that a step multiplies
-
-// GCC's tile instructions do not say that they read and write memory.
-LLMOPS_INLINE void memory_is_used(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
-
-// All eight registers as whole tiles; until end_tiles, in this thread.
-LLMOPS_OUTLINE void begin_tiles() {
-  struct {
-    uint8_t palette, start, zeros[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } config = {};
-  config.palette = 1;
-  for (int i = 0; i < 8; ++i) config.bytes[i] = 4 * kSide, config.rows[i] = kSide;
-  memory_is_used(&config);
-  _tile_loadconfig(&config);
-}
-// Tile state that is not released makes every switch of threads slower.
-LLMOPS_OUTLINE void end_tiles() { _tile_release(); }
 
 // out [16 R][16 C of 64] = A B, or += with `add`. a: 16 R rows of `steps` times 32 bf16, row_bytes
 // apart; b: [16 steps][64] pairs.

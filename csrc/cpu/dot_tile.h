@@ -13,6 +13,14 @@ template <class T, bool kPairs, int R, int K = W / R, int kAhead = 0>
 LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int64_t ldq, Vec* acc) {
   LLMOPS_UNROLL for (int i = 0; i < R * K; ++i) acc[i] = zero();
   int64_t d = 0;
+  // Twice a line: once lost as much as it gained (benchmarks/NOTES.md).
+  [[maybe_unused]] constexpr int kHalfLine = 32 / static_cast<int>(sizeof(T));
+  [[maybe_unused]] const auto fetch = [&](int64_t at) __attribute__((always_inline)) {
+    if constexpr (kAhead > 0) {
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t)
+          __builtin_prefetch(reinterpret_cast<const char*>(w[t] + at) + kAhead);
+    }
+  };
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     const auto step = [&](const auto& load_row) __attribute__((always_inline)) {
@@ -24,8 +32,10 @@ LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int6
             dot_pairs(row, x[t], acc[r * K + t]);
       }
     };
-    for (; d + 2 * W <= dim; d += 2 * W)
+    for (; d + 2 * W <= dim; d += 2 * W) {
+      fetch(d);
       step([](const bf16* p) __attribute__((always_inline)) { return load_pairs(p); });
+    }
     const int tail = static_cast<int>(dim - d);
     if (tail > 0)
       step([&](const bf16* p) __attribute__((always_inline)) { return load_pairs_n(p, tail); });
@@ -39,14 +49,8 @@ LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int6
         LLMOPS_UNROLL for (int t = 0; t < K; ++t) acc[r * K + t] = fma(row, x[t], acc[r * K + t]);
       }
     };
-    // Twice a line: once lost as much as it gained (benchmarks/NOTES.md).
-    constexpr int kHalfLine = 32 / static_cast<int>(sizeof(T));
     for (; d + W <= dim; d += W) {
-      if (kAhead > 0 && d % kHalfLine == 0) {
-        LLMOPS_UNROLL for (int t = 0; t < K; ++t) {
-          __builtin_prefetch(reinterpret_cast<const char*>(w[t] + d) + kAhead, 0, 0);
-        }
-      }
+      if (d % kHalfLine == 0) fetch(d);
       step([](const T* p) __attribute__((always_inline)) { return load(p); });
     }
     const int tail = static_cast<int>(dim - d);

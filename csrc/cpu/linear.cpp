@@ -11,13 +11,15 @@
 #include "linear.h"
 
 #include "dot_tile.h"
+#include "linear_amx.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int kTile = W == 1 ? 1 : 4;       // rows of x per tile
-constexpr int kStreams = W < 8 ? W : 8;     // runs through the weights
-constexpr int kAhead = W == 1 ? 0 : 512;    // bytes of each that one row of x fetches in advance
+constexpr int kTile = W == 1 ? 1 : 4;    // rows of x per tile
+constexpr int kStreams = W < 8 ? W : 8;  // runs through the weights
+// Bytes of each row of weights that are fetched in advance, as measured (benchmarks/NOTES.md).
+constexpr int kAhead = W == 1 ? 0 : (W == 8 ? 512 : 1024);
 constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
 constexpr int64_t kAgainBytes = 4 << 20;
 
@@ -31,6 +33,17 @@ struct Pairs<bf16> {
   static constexpr bool value = true;
 };
 #endif
+
+#ifdef LLMOPS_HAS_TILES
+constexpr int64_t kTiledRows = 3;  // from here on one pass of tiles is ahead of the pairs'
+#endif
+LLMOPS_INLINE bool takes_tiles([[maybe_unused]] DType type, [[maybe_unused]] int64_t rows) {
+#ifdef LLMOPS_HAS_TILES
+  return type == DType::bf16 && rows >= kTiledRows && active_isa() == Isa::amx;
+#else
+  return false;
+#endif
+}
 
 // Floats of one packed row: whole vectors, of 2 * W elements where they are pairs.
 template <class T>
@@ -78,7 +91,7 @@ LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float
   } else {
     constexpr int kColumns = W / R;
     for (int t = 0; t < W; t += kColumns) {
-      dot_tile<T, Pairs<T>::value, R>(w + t, k, x, packed_stride<T>(k), acc);
+      dot_tile<T, Pairs<T>::value, R, kColumns, kAhead>(w + t, k, x, packed_stride<T>(k), acc);
       float all[W];
       store(all, reduce_each(acc));
       LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
@@ -140,6 +153,9 @@ LLMOPS_INLINE void run(const LinearParams& p, const float* packed, int64_t first
 }  // namespace
 
 int64_t linear_scratch(DType type, int64_t rows, int64_t k) {
+#ifdef LLMOPS_HAS_TILES
+  if (takes_tiles(type, rows)) return tile_panels(rows) * tile_steps(k) * kTileFloats;
+#endif
   int64_t stride = 0;
   LLMOPS_DISPATCH(type, T, stride = packed_stride<T>(k));
   return padded_rows(rows) * stride;
@@ -147,6 +163,10 @@ int64_t linear_scratch(DType type, int64_t rows, int64_t k) {
 
 void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_stride,
                  float* packed) {
+#ifdef LLMOPS_HAS_TILES
+  if (takes_tiles(type, rows))
+    return pack_tiles(static_cast<const bf16*>(x), x_stride, rows, k, packed);
+#endif
   LLMOPS_DISPATCH(type, T, {
     const int64_t stride = packed_stride<T>(k);
     const int64_t all = padded_rows(rows);
@@ -157,6 +177,9 @@ void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_s
 }
 
 void linear_fwd(const LinearParams& p, const float* packed, int64_t begin, int64_t end) {
+#ifdef LLMOPS_HAS_TILES
+  if (takes_tiles(p.type, p.rows)) return linear_by_tiles(p, packed, begin, end);
+#endif
   LLMOPS_DISPATCH(p.type, T, {
     if (kTile == 1 || p.rows == 1) {
       for (int64_t r = 0; r < p.rows; ++r) run<T, 1>(p, packed, r, r + 1, begin, end);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,22 +49,23 @@ _MISSING = {
     "linear_cross_entropy": ("probability targets", "multi-dimensional linear_weight"),
 }
 
-# linear: the calls in which our kernel is ahead of torch's own product, per instruction set and
-# dtype: of "few rows" of x (up to eight), or of "any rows". Measured on AVX2, where torch has no
-# 16-bit product worth the name; with AVX-512 torch's is good beyond few rows (benchmarks/NOTES.md).
+# linear: up to how many rows of x our kernel is ahead of torch's own product, per instruction set
+# and dtype; of 8, 16, 128 and all, measured (benchmarks/NOTES.md). On AVX2 torch has no 16-bit
+# product worth the name.
+ANY_ROWS = sys.maxsize
 LINEAR_AHEAD = {
     "scalar": {},
-    "avx2": {torch.float32: "few rows", torch.bfloat16: "any rows", torch.float16: "any rows"},
-    "avx512": {torch.bfloat16: "few rows", torch.float16: "few rows"},
-    "avx512_bf16": {torch.bfloat16: "few rows", torch.float16: "few rows"},
-    "amx": {torch.bfloat16: "few rows", torch.float16: "few rows"},
+    "avx2": {torch.float32: 16, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
+    "avx512": {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16},
+    "avx512_bf16": {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16},
+    "amx": {torch.float32: 16, torch.bfloat16: 128, torch.float16: 16},
 }
 
 
 def widens_products(dtype: torch.dtype) -> bool:
     """Whether matrix products of this dtype are better done in fp32: torch has no 16-bit product
     on this processor."""
-    return dtype != torch.float32 and LINEAR_AHEAD[isa()].get(dtype) == "any rows"
+    return dtype != torch.float32 and LINEAR_AHEAD[isa()].get(dtype) == ANY_ROWS
 
 
 def holds_logits(dtype: torch.dtype) -> bool:
@@ -108,11 +110,12 @@ def yields(call: Call) -> str | None:
         return "it would copy a weight that is not dense in its last dimension"
     if "autocast weight" in call.features:
         return "it would cast the weight in each call, which torch does once per autocast region"
-    ahead = LINEAR_AHEAD[isa()].get(call.dtype)
-    if ahead == "any rows" or ahead in call.features:
+    ahead = LINEAR_AHEAD[isa()].get(call.dtype, 0)
+    rows = next((int(f.split()[2]) for f in call.features if f.startswith("at most")), ANY_ROWS)
+    if rows <= ahead:
         return None
     dtype = str(call.dtype).removeprefix("torch.")
-    only = "" if ahead is None else f" beyond {ahead} of x"
+    only = f" beyond {ahead} rows of x" if ahead else ""
     return f"torch's own product is as fast in {dtype} on {isa()}{only}"
 
 

@@ -15,8 +15,14 @@ from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, is_plain, is_tracing, shortcut
 
-# Up to here a call is bound by reading W, and the kernel reads it once.
-FEW_ROWS = 8
+# The numbers of rows of x that the measured table tells apart (`LINEAR_AHEAD` of the CPU backend).
+ROWS = (8, 16, 128)
+MANY = "many rows"
+
+
+def at_most(rows: int) -> str:
+    return f"at most {rows} rows"
+
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -47,8 +53,9 @@ def linear(
     Under autocast computed in autocast's dtype, as F.linear is.
     """
     if backend is None and not is_tracing() and _is_usual(x, weight, bias):
-        few = x.numel() <= FEW_ROWS * weight.shape[1]
-        raw = (_few_rows_raw if few else _many_rows_raw)(x, weight, bias)
+        size, k = x.numel(), weight.shape[1]
+        find = _raw[0 if size <= 8 * k else 1 if size <= 16 * k else 2 if size <= 128 * k else 3]
+        raw = find(x, weight, bias)
         if raw is not None:
             try:
                 y: Tensor = raw(x, weight) if bias is None else raw(x, weight, bias)
@@ -58,7 +65,7 @@ def linear(
     autocast = torch.get_autocast_dtype(x.device.type) if _autocast.enabled(x) else None
     _check_arguments(x, weight, bias, autocast)
     dtype = _cast_to(weight.dtype, autocast)
-    features: tuple[str, ...] = ("few rows",) if _few(x) else ("many rows",)
+    features: tuple[str, ...] = (_rows_of(x),)
     if weight.dtype != dtype:
         features += ("autocast weight",)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
@@ -72,15 +79,15 @@ def linear(
     return _linear(x, weight, bias, name)  # type: ignore[no-any-return]
 
 
-def _few(x: Tensor) -> bool:
-    """Whether x has few rows; in a graph for any number of rows, no: a question that its symbol
-    cannot answer would be another graph for each answer."""
+def _rows_of(x: Tensor) -> str:
+    """How many rows x has, as the table tells them apart; in a graph for any number of rows, many:
+    a question that its symbol cannot answer would be another graph for each answer."""
     rows = math.prod(x.shape[:-1])
     if _is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(rows <= FEW_ROWS)
-    return rows <= FEW_ROWS
+        return next((at_most(n) for n in ROWS if statically_known_true(rows <= n)), MANY)
+    return next((at_most(n) for n in ROWS if rows <= n), MANY)
 
 
 def _is_usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -170,9 +177,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *(None if g is None else g.to(dtype) for g in (dx, dweight, dbias)), None
 
 
-_few_rows_raw = shortcut("linear", ("few rows",), autocast=True)
-# Past the caches that a product has emptied the long way costs 60 to 100 us.
-_many_rows_raw = shortcut("linear", ("many rows",), autocast=True, torchs=F.linear)
+# Past the caches that a product has emptied the long way costs 60 to 100 us, torch's product too.
+_raw = tuple(
+    shortcut("linear", (rows,), autocast=True, torchs=F.linear)
+    for rows in (*(at_most(n) for n in ROWS), MANY)
+)
 _linear = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     forward=_forward,

@@ -6,7 +6,7 @@
 // NaN. It holds the intrinsics that csrc/cpu/simd_avx512.h uses and no others: one that is missing
 // is "not declared" when the emulated build compiles, and is to be added. The semantics are those
 // of the operation sections in Intel's Software Developer's Manual; tests/test_cpu_vector.py runs
-// on both. AMX's tiles are here as well, whole ones, as csrc/cpu/attention_amx.h uses them.
+// on both. AMX's tiles are here as well, whole ones, as csrc/cpu/amx.h configures them.
 #pragma once
 #ifdef __AVX512BW__
 #error "compile the emulation without -mavx512*: it would hide the real intrinsics"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 import llmops
 from llmops import reference
@@ -23,6 +24,10 @@ def samples(make: Make) -> Iterator[Sample]:
         (5, 16, 8),
         (8, 7, 5),
         (9, 33, 1),
+        # Matrix tiles of 16 rows, 16 weights and 32 of k: whole and cut, one and two, 64 weights.
+        (16, 64, 64),
+        (17, 96, 33),
+        (48, 40, 130),
     ):
         yield Sample(f"{rows}x{k}-{n}", (make(rows, k), make(n, k)))
         yield Sample(f"{rows}x{k}-{n}-bias", (make(rows, k), make(n, k), make(n)))
@@ -36,6 +41,13 @@ def samples(make: Make) -> Iterator[Sample]:
         yield Sample(f"empty-{rows}x{k}-{n}", (make(rows, k), make(n, k), make(n)))
 
 
+def result_floor(sample: Sample) -> list[Tensor]:
+    """A sum's fp32 error, in whichever order: about half an eps of what has been summed, at most
+    sum |x w|. torch's own is as large, and in results that cancel small by luck."""
+    x, weight, *bias = (t.detach().double().abs() for t in sample.args)
+    return [2.0**-24 * F.linear(x, weight, *bias)]
+
+
 def schemas(make: Make) -> dict[str, tuple[Any, ...]]:
     return {"linear": (make(2, 3, 9), make(5, 9), make(5), "cpu")}
 
@@ -47,6 +59,7 @@ SPEC = OpSpec(
     torch_fn=F.linear,
     samples=samples,
     schemas=schemas,
+    result_floor=result_floor,
     rows=True,
     skip={
         "bitwise_repeatable": "gradients are torch's own products, whose bits change with the "

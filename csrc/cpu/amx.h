@@ -1,0 +1,35 @@
+// AMX's tiles, 16 rows of 64 bytes: C[16][16] += A[16][32] B[32][16] in bf16, B in pairs of rows,
+// is one instruction of 16384 flops. What the kernels that use them share.
+#pragma once
+#include "simd.h"
+
+#if defined(__AMX_BF16__) && defined(LLMOPS_HAS_DOT_PAIRS)
+#define LLMOPS_HAS_TILES 1
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kSide = 16;   // rows of a tile, and its fp32 columns
+constexpr int kDepth = 32;  // bf16 values that a step multiplies
+
+// GCC's tile instructions do not say that they read and write memory.
+LLMOPS_INLINE void memory_is_used(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+// All eight registers as whole tiles; until end_tiles, in this thread.
+LLMOPS_NOINLINE void begin_tiles() {
+  struct {
+    uint8_t palette, start, zeros[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 4 * kSide, config.rows[i] = kSide;
+  memory_is_used(&config);
+  _tile_loadconfig(&config);
+}
+// Tile state that is not released makes every switch of threads slower.
+LLMOPS_NOINLINE void end_tiles() { _tile_release(); }
+
+}  // namespace
+}  // namespace llmops::cpu::LLMOPS_ISA
+#endif
