@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kRun = 1024;      // keys whose scores are held
 constexpr int kValueKeys = 64;  // keys of V that all rows and columns go over while in cache
+constexpr int kAheadKeys = 32;  // measured (benchmarks/NOTES.md)
 constexpr int kRows = static_cast<int>(kAttentionDecodeRows);
 constexpr int kRowTile = W == 1 ? 1 : 4;
 
@@ -51,6 +52,15 @@ LLMOPS_INLINE void score_keys(const T* const* key, int count, int64_t dim, const
   }
 }
 
+// Asks for `bytes` of a row that is read kAheadKeys later: beyond a page, and from one token's row
+// to the next, no processor looks ahead. fp32 rows gain nothing.
+template <class T>
+LLMOPS_INLINE void fetch(const T* row, int64_t bytes) {
+  if (sizeof(T) != 2) return;
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+}
+
 template <class T, bool kPairs, int R>
 LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim, int rows,
                               const float* q, int64_t ldq, float* s) {
@@ -59,6 +69,9 @@ LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim,
     const T* key[K];  // past the end the last key again: computed and not kept
     LLMOPS_UNROLL for (int t = 0; t < K; ++t) key[t] =
         k + (i + t < keys ? i + t : keys - 1) * stride;
+    if (i + K + kAheadKeys <= keys) {
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t) fetch(key[t] + kAheadKeys * stride, dim * 2);
+    }
     for (int r = 0; r < rows; r += R)
       score_keys<T, kPairs, R>(key, keys - i, dim, q + r * ldq, ldq, s + r * kRun + i);
   }
@@ -67,7 +80,7 @@ LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim,
 // o [R][ldo] += weights s [R][keys] times v [keys][NV vectors], the last one of `tail` lanes.
 template <class T, int R, int NV, bool kTail>
 LLMOPS_OUTLINE void value_tile(const T* v, int64_t stride, int keys, const float* s, float* o,
-                               int64_t ldo, int tail) {
+                               int64_t ldo, int tail, int64_t ahead) {
   Vec acc[R][NV];
   LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * W);
@@ -76,6 +89,7 @@ LLMOPS_OUTLINE void value_tile(const T* v, int64_t stride, int keys, const float
     Vec x[NV];
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) x[j] =
         kTail && j == NV - 1 ? load_n(v + j * W, tail) : load(v + j * W);
+    if (ahead) fetch(v + ahead, NV * W * 2);
     LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
       const Vec weight = set1(s[r * kRun + i]);
       LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
@@ -103,7 +117,7 @@ LLMOPS_INLINE void pair_weights(const float* s, int keys, float* out) {
 // The same for bf16, two keys to a step (vdpbf16ps) and 2 * NV vectors of columns.
 template <int R, int NV>
 LLMOPS_OUTLINE void value_pairs(const bf16* v, int64_t stride, int keys, const float* s, float* o,
-                                int64_t ldo) {
+                                int64_t ldo, int64_t ahead) {
   Vec acc[R][2 * NV];
   LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
     LLMOPS_UNROLL for (int j = 0; j < 2 * NV; ++j) acc[r][j] = zero();
@@ -113,6 +127,10 @@ LLMOPS_OUTLINE void value_pairs(const bf16* v, int64_t stride, int keys, const f
     Vec x[2 * NV];
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j)
         unpack_pairs(load_pairs(v + 2 * j * W), load_pairs(next + 2 * j * W), x + 2 * j);
+    if (ahead) {
+      fetch(v + ahead, 4 * NV * W);
+      fetch(next + ahead, 4 * NV * W);
+    }
     LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
       const Vec weight = set1(s[(r * kValueKeys + i) / 2]);
       LLMOPS_UNROLL for (int j = 0; j < 2 * NV; ++j) acc[r][j] = dot_pairs(weight, x[j], acc[r][j]);
@@ -142,26 +160,28 @@ LLMOPS_INLINE void value_run(const T* v, int64_t stride, int keys, int64_t dim, 
       with_constant<kRowTile>(left, [&](auto count) {
         constexpr int R = decltype(count)::value;
         const float* weights = s + r * kRun + i;
+        // What the first rows fetch the others find.
+        const int64_t ahead = r == 0 && i + n + kAheadKeys <= keys ? kAheadKeys * stride : 0;
         int64_t d = 0;
 #ifdef LLMOPS_HAS_DOT_PAIRS
         if constexpr (kPairs) {
           alignas(64) float pairs[kRowTile * kValueKeys / 2];
           pair_weights<R>(weights, n, pairs);
           for (; d + 4 * W <= dim; d += 4 * W)
-            value_pairs<R, 2>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo);
+            value_pairs<R, 2>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo, ahead);
           for (; d + 2 * W <= dim; d += 2 * W)
-            value_pairs<R, 1>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo);
+            value_pairs<R, 1>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo, ahead);
         }
 #endif
         for (; d + NV * W <= dim; d += NV * W)
           value_tile<T, R, NV, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
-                                      W);
+                                      W, ahead);
         for (; d + W <= dim; d += W)
           value_tile<T, R, 1, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
-                                     W);
+                                     W, ahead);
         if (d < dim)
           value_tile<T, R, 1, true>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
-                                    static_cast<int>(dim - d));
+                                    static_cast<int>(dim - d), ahead);
       });
     }
   }
