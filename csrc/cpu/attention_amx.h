@@ -1,8 +1,8 @@
-// The two matrix products of attention's forward by AMX (amx.h).
+// The matrix products of attention by AMX (amx.h): two forward, five backward.
 //
-// B is what vdpbf16ps takes as well: queries and probabilities in lanes, pairs in a cell. A are K's
-// rows as they lie, and V transposed. Tiles are 16 keys by a vector of queries, two by two of them
-// at a time, so that each that is loaded is used twice.
+// B is what vdpbf16ps takes as well: queries and probabilities in lanes, pairs in a cell, or rows
+// of queries in pairs. A are K's and V's rows as they lie, V and K transposed, and P and dS by key.
+// Tiles are 16 by 16, two by two of them at a time, so that each that is loaded is used twice.
 #pragma once
 #include "amx.h"
 #include "attention_tile.h"
@@ -12,19 +12,19 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-// out [16 R][16 C of 64] = A B, or += with `add`. a: 16 R rows of `steps` times 32 bf16, row_bytes
-// apart; b: [16 steps][64] pairs.
+// out [16 R][16 C of ld] = A B, or += with `add`. a: 16 R rows of `steps` times 32 bf16, row_bytes
+// apart; b: [16 steps][ld] pairs.
 template <int R, int C>
 LLMOPS_OUTLINE void tile_product(const char* a, int64_t row_bytes, const float* b, int64_t steps,
-                                 float* out, bool add) {
-  constexpr int64_t kRow = kLanes * 4;
+                                 float* out, int64_t ld, bool add) {
+  const int64_t row = ld * 4;
   memory_is_used(a);
-  float* const below = out + kSide * kLanes;
+  float* const below = out + kSide * ld;
   if (add) {
-    _tile_loadd(0, out, kRow);
-    if constexpr (C > 1) _tile_loadd(1, out + kSide, kRow);
-    if constexpr (R > 1) _tile_loadd(2, below, kRow);
-    if constexpr (R > 1 && C > 1) _tile_loadd(3, below + kSide, kRow);
+    _tile_loadd(0, out, row);
+    if constexpr (C > 1) _tile_loadd(1, out + kSide, row);
+    if constexpr (R > 1) _tile_loadd(2, below, row);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, below + kSide, row);
   } else {
     _tile_zero(0);
     if constexpr (C > 1) _tile_zero(1);
@@ -33,10 +33,10 @@ LLMOPS_OUTLINE void tile_product(const char* a, int64_t row_bytes, const float* 
   }
   for (int64_t s = 0; s < steps; ++s) {
     _tile_loadd(4, a, row_bytes);
-    _tile_loadd(6, b, kRow);
+    _tile_loadd(6, b, row);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (C > 1) {
-      _tile_loadd(7, b + kSide, kRow);
+      _tile_loadd(7, b + kSide, row);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (R > 1) {
@@ -45,19 +45,20 @@ LLMOPS_OUTLINE void tile_product(const char* a, int64_t row_bytes, const float* 
       if constexpr (C > 1) _tile_dpbf16ps(3, 5, 7);
     }
     a += 2 * kDepth;
-    b += kSide * kLanes;
+    b += kSide * ld;
   }
-  _tile_stored(0, out, kRow);
-  if constexpr (C > 1) _tile_stored(1, out + kSide, kRow);
-  if constexpr (R > 1) _tile_stored(2, below, kRow);
-  if constexpr (R > 1 && C > 1) _tile_stored(3, below + kSide, kRow);
+  _tile_stored(0, out, row);
+  if constexpr (C > 1) _tile_stored(1, out + kSide, row);
+  if constexpr (R > 1) _tile_stored(2, below, row);
+  if constexpr (R > 1 && C > 1) _tile_stored(3, below + kSide, row);
   memory_is_used(out);
 }
 LLMOPS_INLINE void tile_products(int rows, int columns, const char* a, int64_t row_bytes,
-                                 const float* b, int64_t steps, float* out, bool add) {
+                                 const float* b, int64_t steps, float* out, int64_t ld, bool add) {
   with_constant<2>(rows, [&](auto r) {
-    with_constant<2>(
-        columns, [&](auto c) { tile_product<r.value, c.value>(a, row_bytes, b, steps, out, add); });
+    with_constant<2>(columns, [&](auto c) {
+      tile_product<r.value, c.value>(a, row_bytes, b, steps, out, ld, add);
+    });
   });
 }
 
@@ -83,7 +84,7 @@ LLMOPS_OUTLINE void scores_by_tiles(const char* k, int64_t row_bytes, const floa
     for_vectors(vecs, visible, i, [&](int j, int columns) {
       const int rows = visible[j + columns - 1] > i + kSide ? 2 : 1;
       tile_products(rows, columns, k + i * row_bytes, row_bytes, q + j * W, steps,
-                    out + i * kLanes + j * W, false);
+                    out + i * kLanes + j * W, kLanes, false);
       if (!top) return;
       for (int c = j; c < j + columns; ++c) {
         const int end = visible[c] < i + 2 * kSide ? visible[c] : i + 2 * kSide;
@@ -95,8 +96,9 @@ LLMOPS_OUTLINE void scores_by_tiles(const char* k, int64_t row_bytes, const floa
   }
 }
 
-// O^T [rows][64] = O^T * alpha + V^T P. v: [up to the next 16th row][v_cells] pairs of keys; of P,
-// pairs [][64], what a vector does not see up to the next 32nd key is overwritten with zeros.
+// O^T [rows][64] = O^T * alpha + V^T P, alpha 1 where null. v: [up to the next 16th row][v_cells]
+// pairs of keys; of P, pairs [][64], what a vector does not see up to the next 32nd key is
+// overwritten with zeros.
 LLMOPS_OUTLINE void update_by_tiles(const float* v, int64_t v_cells, int64_t rows, float* pairs,
                                     int vecs, const int* visible, float* out, const float* alpha) {
   for_vectors(vecs, visible, 0, [&](int j, int columns) {
@@ -104,6 +106,7 @@ LLMOPS_OUTLINE void update_by_tiles(const float* v, int64_t v_cells, int64_t row
     for (int c = j; c < j + columns; ++c) {
       for (int i = (visible[c] + 1) / 2; i < steps * kSide; ++i)
         store(pairs + i * kLanes + c * W, zero());
+      if (!alpha) continue;
       const Vec factor = load(alpha + c * W);
       if (mask_bits(equal(factor, set1(1.0f))) == 0xffffu) continue;
       for (int64_t d = 0; d < rows; ++d) {
@@ -114,20 +117,22 @@ LLMOPS_OUTLINE void update_by_tiles(const float* v, int64_t v_cells, int64_t row
     for (int64_t d = 0; d < rows; d += 2 * kSide) {
       tile_products(rows - d > kSide ? 2 : 1, columns,
                     reinterpret_cast<const char*>(v + d * v_cells), v_cells * 4, pairs + j * W,
-                    steps, out + d * kLanes + j * W, true);
+                    steps, out + d * kLanes + j * W, kLanes, true);
     }
   });
 }
 
-// out: `padded` rows (a multiple of 16) of dim up to the next 32nd column, zeros where none are.
-LLMOPS_OUTLINE void pad_rows(const bf16* in, int64_t stride, int rows, int padded, int64_t dim,
-                             float* out) {
-  const int64_t cells = round_up(dim, kDepth) / 2;
-  for (int i = 0; i < padded; ++i) {
+// Rows as an operand: as they lie where whole tiles do, else a copy up to the next 16th row and the
+// next 32nd column, zeros where none are.
+LLMOPS_INLINE Cells tile_rows(const bf16* in, int64_t stride, int rows, int64_t dim, float* copy) {
+  if (rows % kSide == 0 && dim % kDepth == 0) return cells(in, stride * 2, 4);
+  const int64_t width = round_up(dim, kDepth) / 2;
+  for (int i = 0; i < round_up(rows, kSide); ++i) {
     for (int64_t d = 0; d < dim; d += kDepth)
-      store(out + i * cells + d / 2,
+      store(copy + i * width + d / 2,
             i < rows ? load_pairs_n(in + i * stride + d, clamp_int(dim - d, 0, kDepth)) : zero());
   }
+  return cells(copy, width * 4, 4);
 }
 
 // out [dim up to the next 32nd][cells]: cell (d, i) is (in[2i][d], in[2i + 1][d]), for keys up to
@@ -151,6 +156,35 @@ LLMOPS_OUTLINE void transpose_rows(const bf16* in, int64_t stride, int rows, int
             store(out + (d + h * kSide + r) * cells + i / 2, pairs[h][r]);
       }
     }
+  }
+}
+
+// sums [keys][ld] += A B: a [keys up to the next 16th][64] bf16, of which what a vector of queries
+// does not see is overwritten with zeros; b [32][ld] pairs of queries, zeros where there are none.
+// copy: [32][ld], for the sums of keys that fill no tile.
+[[maybe_unused]] LLMOPS_OUTLINE void add_to_keys_by_tiles(bf16* a, const float* b, int64_t ld,
+                                                          int count, int vecs, const int* visible,
+                                                          int keys, float* sums, float* copy) {
+  const int64_t all = (count + kDepth - 1) / kDepth;
+  for (int j = 0; j < 2 * all; ++j) {
+    for (int k = j < vecs ? visible[j] : 0; k < round_up(keys, kSide); ++k)
+      store(a + k * kLanes + j * W, zero());
+  }
+  for (int i = 0; i < keys; i += 2 * kSide) {
+    int j = 0;
+    while (j < vecs && visible[j] <= i) ++j;
+    const int64_t first = j * W / kDepth;
+    if (first >= all) continue;
+    const int rows = keys - i < 2 * kSide ? keys - i : 2 * kSide;
+    const bool whole = rows % kSide == 0;
+    float* out = whole ? sums + i * ld : copy;
+    for (int64_t c = 0; c < ld; c += 2 * kSide) {
+      tile_products(rows > kSide ? 2 : 1, 2,
+                    reinterpret_cast<const char*>(a + i * kLanes + first * kDepth), kLanes * 2,
+                    b + first * kSide * ld + c, all - first, out + c, ld, whole);
+    }
+    for (int64_t d = 0; !whole && d < rows * ld; d += W)
+      store(sums + i * ld + d, load(sums + i * ld + d) + load(copy + d));
   }
 }
 

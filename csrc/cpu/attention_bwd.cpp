@@ -4,9 +4,11 @@
 // For each block of 64 queries and each block of 48 keys: S^T = K Q^T and dP^T = V dO^T with
 // queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T += K^T dS^T with queries
 // in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into fp32 sums over all
-// keys. 10 * Tq * Tk * D flops per head. What the causal limit hides is skipped as in the forward.
+// keys; bf16 by tiles (AMX), in pairs or widened, as forward. 10 * Tq * Tk * D flops per head. What
+// the causal limit hides is skipped as in the forward.
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_dropout.h"
 #include "attention_grad.h"
 #include "attention_score.h"
@@ -22,7 +24,8 @@ struct Scratch {
   float *s, *dp;           // [kGradKeys][64]
   float* dq;               // [padded D][64]
   float *k, *v;            // a block of keys and values, widened
-  float* k_pairs;          // [kGradKeys / 2][padded D]
+  float* k_pairs;          // [kGradKeys / 2][padded D]; tiles: [padded D][kGradTiled / 2]
+  float* sums;             // tiles: [kGradTiled][the wider padded dimension]
   bf16 *p16, *ds16;        // [kGradKeys][64]
   float* ds_pairs;         // [kGradKeys / 2][64]
   float *bias, *factor;
@@ -30,9 +33,11 @@ struct Scratch {
   GradLanes lanes;
 };
 
+constexpr int64_t kGradTiled = 32;  // keys of a block by tiles; at most kGradKeys
+
 LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
 
-template <class T, bool kPairs, bool kForm>
+template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   Scratch s{};
@@ -43,9 +48,11 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   s.s = arena.take<float>(kGradKeys * kLanes);
   s.dp = arena.take<float>(kGradKeys * kLanes);
   s.dq = arena.take<float>(dim * kLanes);
-  if (kPairs) {
-    s.k = arena.take<float>(p.dim % 2 ? kGradKeys * dim / 2 : 0);
-    s.v = arena.take<float>(p.dim_v % 2 ? kGradKeys * dim_v / 2 : 0);
+  if (kWay != Way::widened) {
+    const bool tiles = kWay == Way::tiles;
+    s.k = arena.take<float>(tiles || p.dim % 2 ? kGradKeys * dim / 2 : 0);
+    s.v = arena.take<float>(tiles || p.dim_v % 2 ? kGradKeys * dim_v / 2 : 0);
+    s.sums = arena.take<float>(tiles ? kGradTiled * max64(dim, dim_v) : 0);
     s.k_pairs = arena.take<float>(kGradKeys / 2 * dim);
     s.p16 = arena.take<bf16>(kGradKeys * kLanes);
     s.ds16 = arena.take<bf16>(kGradKeys * kLanes);
@@ -131,9 +138,10 @@ LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, V
       });
 }
 
-template <class T, bool kPairs, bool kForm>
+template <class T, Way kWay, bool kForm>
 struct Backward {
-  static constexpr bool kNatural = kForm;
+  static constexpr bool kNatural = kForm, kPairs = kWay != Way::widened;
+  static constexpr int64_t kKeys = kWay == Way::tiles ? kGradTiled : kGradKeys;
   const AttentionGradParams& g;
   const AttentionParams& p;
   const Scratch& s;
@@ -142,13 +150,27 @@ struct Backward {
 
   Vec factor() const { return set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e); }
 
+  // out [keys][64] = rows of k or v times packed queries; the rows as an operand.
+  Cells products(const T* rows, int64_t stride, int keys, int64_t dim, float* copy, const float* b,
+                 const int* visible, float* out) const {
+    if constexpr (kWay == Way::tiles) {
+#ifdef LLMOPS_HAS_TILES
+      const Cells a = tile_rows(rows, stride, keys, dim, copy);
+      scores_by_tiles(a.base, a.row, b, padded(dim) / kDepth, keys, block.vecs, visible, out,
+                      nullptr);
+      return a;
+#endif
+    }
+    const Cells a = key_cells<T, kPairs>(rows, stride, keys, dim, copy);
+    scores<kPairs>(a, b, kPairs ? (dim + 1) / 2 : dim, keys, block.vecs, visible, out, nullptr);
+    return a;
+  }
+
   // Scores of a block of keys, modified.
   Cells block_scores(int64_t key, int keys, int* visible) const {
     const T* k = key_run<T>(p, block, p.k, p.k_stride, key, keys).first;
     for (int j = 0; j < block.vecs; ++j) visible[j] = clamp_int(block.vec_limit[j] - key, 0, keys);
-    const Cells k_cells = key_cells<T, kPairs>(k, p.k_stride[2], keys, p.dim, s.k);
-    scores<kPairs>(k_cells, s.q, kPairs ? (p.dim + 1) / 2 : p.dim, keys, block.vecs, visible, s.s,
-                   nullptr);
+    const Cells k_cells = products(k, p.k_stride[2], keys, p.dim, s.k, s.q, visible, s.s);
     if (kForm || block.cuts(key, keys))
       modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, nullptr, s.lanes.slope);
     return k_cells;
@@ -161,8 +183,8 @@ struct Backward {
     if (p.sinks)
       for (int i = 0; i < block.count; ++i) s.lanes.norm[i] = sink_weight(i);
     int visible[kBlockVecs];
-    for (int64_t key = block.begin; key < block.end; key += kGradKeys) {
-      block_scores(key, static_cast<int>(min64(kGradKeys, block.end - key)), visible);
+    for (int64_t key = block.begin; key < block.end; key += kKeys) {
+      block_scores(key, static_cast<int>(min64(kKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
         Vec sum = load(s.lanes.norm + j * W);
         const Vec lse = load(s.lanes.lse + j * W);
@@ -183,13 +205,24 @@ struct Backward {
     const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
     int visible[kBlockVecs];
     Cells k_cells = block_scores(key, keys, visible);
-    const Cells v_cells = key_cells<T, kPairs>(v, p.v_stride[2], keys, p.dim_v, s.v);
-    scores<kPairs>(v_cells, s.g, kPairs ? (p.dim_v + 1) / 2 : p.dim_v, keys, block.vecs, visible,
-                   s.dp, nullptr);
+    products(v, p.v_stride[2], keys, p.dim_v, s.v, s.g, visible, s.dp);
     if (kForm && s.lanes.keep) dropout_weights(p, block, key, visible, s.lanes.keep);
     for (int j = 0; j < block.vecs; ++j)
       if (visible[j] > 0) grad_block<kPairs, kNatural>(s, j, visible[j], keys, factor());
 
+#ifdef LLMOPS_HAS_TILES
+    if constexpr (kWay == Way::tiles) {
+      const auto add = [&](bf16* a, const float* b, int64_t ld, float* sums) {
+        add_to_keys_by_tiles(a, b, ld, block.count, block.vecs, visible, keys, sums, s.sums);
+      };
+      add(s.p16, s.g_rows, dim_v, dv + key * dim_v);
+      add(s.ds16, s.q_rows, dim, dk + key * dim);
+      transpose_rows(k, p.k_stride[2], keys, p.dim, s.k_pairs, kGradTiled / 2);
+      update_by_tiles(s.k_pairs, kGradTiled / 2, p.dim, s.ds_pairs, block.vecs, visible, s.dq,
+                      nullptr);
+      return;
+    }
+#endif
     const Cells p_cells = kPairs ? cells(s.p16, kLanes * 2, 4) : cells(s.s, kLanes * 4, 4);
     const Cells ds_cells = kPairs ? cells(s.ds16, kLanes * 2, 4) : cells(s.dp, kLanes * 4, 4);
     add_to_keys<kPairs>(p_cells, s.g_rows, dim_v, block, visible, keys, dv + key * dim_v);
@@ -216,8 +249,10 @@ struct Backward {
 #ifdef LLMOPS_HAS_DOT_PAIRS
       pack_lane_pairs(q, block.count, p.dim, sign < 0.0f, s.q);
       pack_lane_pairs(grad, block.count, p.dim_v, false, s.g);
-      pack_row_pairs([&](int64_t i) { return q[i]; }, block.count, p.dim, s.q_rows, dim);
-      pack_row_pairs([&](int64_t i) { return grad[i]; }, block.count, p.dim_v, s.g_rows, dim_v);
+      const int64_t rows = kWay == Way::tiles ? round_up(block.count, 32) : block.count;
+      for (int64_t i = block.count; i < rows; ++i) q[i] = grad[i] = static_cast<const T*>(s.zeros);
+      pack_row_pairs([&](int64_t i) { return q[i]; }, rows, p.dim, s.q_rows, dim);
+      pack_row_pairs([&](int64_t i) { return grad[i]; }, rows, p.dim_v, s.g_rows, dim_v);
 #endif
     } else {
       pack_lanes(q, block.count, p.dim, sign, s.q);
@@ -228,7 +263,8 @@ struct Backward {
       }
     }
     for (int j = 0; j < block.vecs; ++j) {
-      for (int64_t d = 0; d < p.dim; ++d) store(s.dq + d * kLanes + j * W, zero());
+      const int64_t rows = kWay == Way::tiles ? round_up(p.dim, 16) : p.dim;  // tiles are whole
+      for (int64_t d = 0; d < rows; ++d) store(s.dq + d * kLanes + j * W, zero());
       store(s.factor + j * W, set1(p.scale));
     }
     if (kNatural && needs_norm(block, s.lanes)) normalize();
@@ -236,8 +272,8 @@ struct Backward {
       for (int i = 0; i < block.count; ++i)
         g.dsink[lse_at(p, block, i)] = -sink_weight(i) * s.lanes.norm[i] * s.lanes.delta[i];
     }
-    for (int64_t key = block.begin; key < block.end; key += kGradKeys)
-      add_keys(key, static_cast<int>(min64(kGradKeys, block.end - key)));
+    for (int64_t key = block.begin; key < block.end; key += kKeys)
+      add_keys(key, static_cast<int>(min64(kKeys, block.end - key)));
     T* dq[kLanes];
     block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
     unpack_lanes(s.dq, block.count, p.dim, s.factor, dq);
@@ -260,11 +296,11 @@ LLMOPS_INLINE void write_row(const AttentionGradParams& g, const AttentionSequen
   for (int64_t d = 0; d < p.dim_v; d += W) store_some(dv_row + d, load(dv + d), p.dim_v - d);
 }
 
-template <class T, bool kPairs, bool kForm>
+template <class T, Way kWay, bool kForm>
 LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratch) {
   const AttentionParams& p = g.fwd;
   Arena arena{static_cast<char*>(scratch)};
-  const Scratch s = layout<T, kPairs, kForm>(p, arena);
+  const Scratch s = layout<T, kWay, kForm>(p, arena);
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   const AttentionTask of =
       p.tasks ? p.tasks[task] : AttentionTask{task / p.plan.parts, task % p.plan.parts, 0};
@@ -276,20 +312,26 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   fill_zero(sums, keys * (dim + dim_v));
   fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
   QueryBlock block;
-  const Backward<T, kPairs, kForm> backward{g, p, s, block, sums, sums + keys * dim};
+  const Backward<T, kWay, kForm> backward{g, p, s, block, sums, sums + keys * dim};
+#ifdef LLMOPS_HAS_TILES
+  if (kWay == Way::tiles) begin_tiles();
+#endif
   for (int64_t index = of.index; index < sequence.plan.blocks; index += parts)
     backward.run_block(of.group, index);
+#ifdef LLMOPS_HAS_TILES
+  if (kWay == Way::tiles) end_tiles();
+#endif
   if (parts > 1) return;
   for (int64_t key = 0; key < keys; ++key)
     write_row<T>(g, sequence, of.group, key, backward.dk + key * dim, backward.dv + key * dim_v);
 }
 
-template <class T, bool kPairs>
+template <class T, Way kWay>
 LLMOPS_INLINE void dispatch(const AttentionGradParams& g, int64_t task, void* scratch) {
   if (is_modified(g.fwd)) {
-    run<T, kPairs, kModified>(g, task, scratch);
+    run<T, kWay, kModified>(g, task, scratch);
   } else {
-    run<T, kPairs, kPlain>(g, task, scratch);
+    run<T, kWay, kPlain>(g, task, scratch);
   }
 }
 
@@ -299,8 +341,8 @@ int64_t attention_bwd_width(const AttentionParams& p) { return padded(p.dim) + p
 
 int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   Arena arena{nullptr}, pairs{nullptr};
-  layout<bf16, false, kModified>(g.fwd, arena);
-  layout<bf16, true, kModified>(g.fwd, pairs);
+  layout<bf16, Way::widened, kModified>(g.fwd, arena);
+  layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
   const int64_t fixed =
       max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
   const bool all_in_parts = !g.fwd.sequences && g.fwd.plan.parts > 1;
@@ -308,14 +350,17 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
 }
 
 void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {
-  // Pairs know a sign of the scale, not the factor 0.
-  // Processors with AMX multiply pairs at half the rate of fp32 (benchmarks/NOTES.md).
-  const bool fast = active_isa() != Isa::amx;
-  if (kHasPairs && fast && g.fwd.type == DType::bf16 && g.fwd.scale != 0.0f) {
-    dispatch<bf16, kHasPairs>(g, task, scratch);
-    return;
+  if constexpr (kHasPairs) {
+    switch (way_of(g.fwd)) {
+      case Way::pairs:
+        return dispatch<bf16, Way::pairs>(g, task, scratch);
+      case Way::tiles:
+        return dispatch<bf16, kHasTiles ? Way::tiles : Way::pairs>(g, task, scratch);
+      case Way::widened:
+        break;
+    }
   }
-  LLMOPS_DISPATCH(g.fwd.type, T, (dispatch<T, false>(g, task, scratch)));
+  LLMOPS_DISPATCH(g.fwd.type, T, (dispatch<T, Way::widened>(g, task, scratch)));
 }
 
 void attention_bwd_combine(const AttentionGradParams& g, int64_t begin, int64_t end) {

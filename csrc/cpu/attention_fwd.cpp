@@ -19,15 +19,6 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
-#ifdef LLMOPS_HAS_TILES
-constexpr bool kHasTiles = true;
-#else
-constexpr bool kHasTiles = false;
-#endif
-
-// How the products are computed: of bf16 there are three ways.
-enum class Way { widened, pairs, tiles };
-
 struct Scratch {
   float* q;                    // [padded D][64], or pairs [padded D / 2][64]
   float* s;                    // [kKeys][64]: scores, then probabilities
@@ -143,11 +134,7 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   int64_t k_steps = p.dim;
   if constexpr (kWay == Way::tiles) {
 #ifdef LLMOPS_HAS_TILES
-    // As they lie, where whole tiles do.
-    if (keys % kSide != 0 || p.dim % kDepth != 0) {
-      pad_rows(k.first, k.stride, keys, static_cast<int>(round_up(keys, kSide)), p.dim, s.k);
-      k_cells = cells(s.k, dim * 2, 4);
-    }
+    k_cells = tile_rows(k.first, k.stride, keys, p.dim, s.k);
     scores_by_tiles(k_cells.base, k_cells.row, s.q, dim / kDepth, keys, block.vecs, visible, s.s,
                     cut ? nullptr : s.top);
 #endif
@@ -278,12 +265,6 @@ LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratc
   } else {
     run<T, kWay, kPlain>(p, task, scratch);
   }
-}
-
-// bf16 in pairs needs a query sign, not a factor: scale 0 takes the widening path.
-LLMOPS_INLINE Way way_of(const AttentionParams& p) {
-  if (!kHasPairs || p.type != DType::bf16 || p.scale == 0.0f) return Way::widened;
-  return kHasTiles && active_isa() == Isa::amx ? Way::tiles : Way::pairs;
 }
 
 }  // namespace

@@ -23,6 +23,20 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
+#if defined(__AMX_BF16__) && defined(LLMOPS_HAS_DOT_PAIRS)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
+// How products are computed: of bf16 there are three ways.
+enum class Way { widened, pairs, tiles };
+// Pairs know a sign of the scale, not the factor 0.
+LLMOPS_INLINE Way way_of(const AttentionParams& p) {
+  if (!kHasPairs || p.type != DType::bf16 || p.scale == 0.0f) return Way::widened;
+  return kHasTiles && active_isa() == Isa::amx ? Way::tiles : Way::pairs;
+}
+
 // Called once per block: inlining these everywhere would cost minutes of compiling.
 #define LLMOPS_OUTLINE __attribute__((noinline))
 
