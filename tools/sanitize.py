@@ -75,7 +75,7 @@ def _best(setting: dict[str, str]) -> str:
     done = subprocess.run(
         command, cwd=ROOT, env=setting, check=True, capture_output=True, text=True
     )
-    # AMX has no kernels of its own but attention's (csrc/cpu/isa.h).
+    # AMX has no kernels of its own but attention's and linear's (csrc/cpu/isa.h).
     return done.stdout.strip().replace("amx", "(avx512_bf16 or amx)")
 
 

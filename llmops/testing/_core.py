@@ -159,7 +159,9 @@ class Target:
             _extension.select_isa(before)
 
 
-_TILED = {"attention", "attention_kvcache", "attention_varlen", "scaled_dot_product_attention"}
+_TILED = {
+    "attention", "attention_kvcache", "attention_varlen", "linear", "scaled_dot_product_attention",
+}  # fmt: skip
 
 
 def targets(op: str | None = None, *, partial: bool = False) -> list[Target]:
