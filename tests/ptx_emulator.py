@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import ptx_tma
 import torch
 from ptx_matrices import mma, wgmma
 from ptx_values import BASE, POISON, SHARED, UNSIGNED, Memory, Value, bits, floats, numbers, signed
@@ -29,6 +30,7 @@ class Block:
         self.shared.add(self.bytes, BASE)
         self.registers: dict[str, Value] = {}
         self.copies: list[list[Callable[[], None]]] = [[]]
+        self.barriers: dict[int, ptx_tma.Barrier] = {}
         self.mask = np.ones(self.threads, bool)
         self.index = (0, 0, 0)
 
@@ -44,6 +46,8 @@ class Block:
             return np.full(self.threads, self.program.grid["xyz".index(name[-1])], kind)
         if name.startswith("%"):
             return self.registers[name]
+        if "_param_" in name:  # its address, in a space of its own
+            return np.full(self.threads, int(name.rsplit("_", 1)[1]), kind)
         if name == "global_smem":
             return np.full(self.threads, BASE, kind)
         number = int(name[2:], 16) if name[:2] in ("0f", "0d") else int(name.rstrip("U"), 0)
@@ -141,6 +145,10 @@ class Block:
     def multiply(self, at: Value) -> None:
         """Told of the bytes, in pairs, that a wgmma reads from shared memory."""
 
+    def arriving(self, at: Value, warp: int, text: str) -> Callable[[], None]:
+        """Told of the bytes that TMA will change; what it returns is called when it has."""
+        return lambda: None
+
     # ---- the rest
 
     def arithmetic(self, op: str, parts: list[str], given: list[str]) -> Value:
@@ -204,6 +212,8 @@ class Block:
             holds = self.registers[found[2]]
             self.mask = active & (~holds if found[1] else holds)
             text = found[3]
+        if text.startswith("@!complete"):  # a wait that failed has raised
+            return None
         full, _, rest = text.replace("\t", " ").partition(" ")
         parts, rest = full.split("."), rest.strip()
         op, given = parts[0], [x.strip() for x in rest.split(",")]
@@ -219,6 +229,8 @@ class Block:
             mma(self, full, rest)
         elif op in ("ldmatrix", "stmatrix"):
             self.matrices(full, rest)
+        elif op == "elect" or "mbarrier" in full:
+            ptx_tma.step(self, full, rest)
         elif full.startswith("cp.async"):
             if "commit_group" in full:
                 self.copies.append([])
@@ -358,6 +370,11 @@ def run(ptx: str, grid: tuple[int, ...], arguments: list[Any], block: type[Block
         if isinstance(value, torch.Tensor):
             content = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy()
             passed.append(memory.add(content) + value.storage_offset() * value.element_size())
+        elif isinstance(value, ptx_tma.TensorMap):
+            content = torch.empty(0, dtype=torch.uint8).set_(value.tensor.untyped_storage()).numpy()
+            offset = value.tensor.storage_offset() * value.tensor.element_size()
+            value.address = memory.add(content) + offset
+            passed += [value, *value.shape, *value.strides]
         else:
             passed.append(value)
     for k in range(z):

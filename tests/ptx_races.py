@@ -8,6 +8,7 @@ may not change before it is waited for, and of what was written in the plain way
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,17 @@ class Watched(ptx_emulator.Block):
             self.touch(at, warps, text, every)
 
         self.copies[-1].append(landed)
+
+    def arriving(self, at: Value, warp: int, text: str) -> Callable[[], None]:
+        self.race(self.unfenced[at], "written, and no fence.proxy.async since", text)
+        self.touch(at[:, None], np.full(at.size, warp), text, np.ones((at.size, 1), bool))
+        self.copied[at] += 1
+
+        def landed() -> None:  # for every warp that has waited; all wait
+            self.copied[at] -= 1
+            self.writer[at], self.unfenced[at] = -1, False
+
+        return landed
 
     def matrices(self, op: str, text: str) -> None:
         count = int(re.search(r"\.x(\d)", op)[1])  # type: ignore[index]

@@ -49,6 +49,9 @@ assert list(aot.broken(job, product)) == ["16-bit products of 64 rows without HG
 assert not list(aot.broken(job, {**product, "instructions": ["HGMMA"]}))
 assert not list(aot.broken(job, {**product, "product": 32}))
 assert not list(aot.broken(replace(job, target="sm_80"), product))
+described = {**good, "described": True}
+assert list(aot.broken(job, described)) == ["tensor descriptors without UTMALDG: ['HGMMA']"]
+assert not list(aot.broken(job, {**described, "instructions": ["HGMMA", "UTMALDG"]}))
 unwritten = {**good, "undefined": ["UMOV UR4, UR5 reads UR5"]}
 assert "nothing has written: UMOV" in list(aot.broken(job, unwritten))[0]
 for target, wanted in (("sm_80", "HMMA"), ("sm_100", "UTCHMMA"), ("gfx90a", "mfma")):

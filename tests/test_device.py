@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import llmops
 from llmops.testing import Make, OpSpec, Sample, Target, specs, targets
 from llmops.testing._core import call, cast, outputs
 from llmops.testing._surroundings import same_bits
@@ -119,3 +120,33 @@ def test_device_compiles_fullgraph(spec: OpSpec, target: Target) -> None:
     eager = call(step, sample)
     torch._dynamo.reset()
     assert same_bits(call(torch.compile(step, fullgraph=True), sample), eager)
+
+
+def test_device_triton_attention_by_descriptors() -> None:
+    """What TMA copies is what pointers load: of tensors that lie elsewhere at each call, and of a
+    graph's. Under one key of the launch, which must not remember where the first lay."""
+    pytest.importorskip("triton")
+    from llmops.kernels.triton import _config, _launch
+
+    if not _launch.has_tma():
+        pytest.skip("needs TMA: a GPU of compute capability 9.0 or later")
+
+    def run(qkv: list[Tensor], form: bool) -> Tensor:
+        with _config.override("attention", DESCRIPTORS=form):
+            return llmops.attention(*qkv, causal=True, backend="triton")
+
+    def near(got: Tensor, qkv: list[Tensor]) -> None:
+        want = run(qkv, False)
+        assert (got - want).abs().max() <= 2 * torch.finfo(want.dtype).eps * want.abs().max()
+
+    make = Make(torch.bfloat16, "cuda")
+    kept = [[make(2, 700, h, 128, grad=False).transpose(1, 2) for h in (8, 2, 2)] for _ in range(3)]
+    for qkv in kept:
+        near(run(qkv, True), qkv)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run(kept[0], True)
+    for x, y in zip(kept[0], kept[1], strict=True):
+        x.copy_(y.flip(0))
+    graph.replay()
+    near(held, kept[0])

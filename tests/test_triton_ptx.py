@@ -25,7 +25,9 @@ import aot_compile
 import ptx_emulator
 import ptx_races
 import triton
-from llmops.kernels.triton import _launch
+from llmops.kernels.triton import _config, _launch
+from ptx_tma import TensorMap
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmops.backends import get
 
@@ -40,8 +42,10 @@ def emulated(call: Any, without: str = "") -> Any:
         found = call()
     for launch in launches:
         source, options, _ = aot_compile._specialize(launch, "", TARGET)
-        ptx = triton.compile(source, aot_compile.TARGETS[TARGET], options).asm["ptx"]
+        compiled = triton.compile(source, aot_compile.TARGETS[TARGET], options)
+        ptx, maps = compiled.asm["ptx"], iter(compiled.metadata.tensordesc_meta)
         given = [launch.arguments[n] for n, t in source.signature.items() if t != "constexpr"]
+        given = [TensorMap(x, next(maps)) if isinstance(x, TensorDescriptor) else x for x in given]
         kept = [line for line in ptx.splitlines() if not (without and without in line)]
         ptx_emulator.run("\n".join(kept), launch.grid, given, ptx_races.BLOCK)
     return found
@@ -67,6 +71,20 @@ def test_triton_ptx_attention(dims: tuple[int, int], dtype: torch.dtype) -> None
     q, k, v = qkv(70, 130, dims, (1, 1), dtype)
     out, _ = emulated(lambda: KERNELS.attention(q, k, v, None, True, dims[0] ** -0.5))
     near(out, reference.attention(*(x.double() for x in (q, k, v)), causal=True))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 64), (40, 24)], ids=str)
+def test_triton_ptx_attention_by_descriptors(dims: tuple[int, int]) -> None:
+    """TMA's copies of several blocks of a group's keys, tokens first: where they begin, their
+    swizzle, which is the products', and the barriers that tell one stage's from the next."""
+    q, k, v = qkv(70, 300, dims, (4, 2), torch.bfloat16)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    with _config.override("attention", DESCRIPTORS=True):
+        call = functools.partial(KERNELS.attention, q, k, v, None, True, dims[0] ** -0.5)
+        out, _ = emulated(call)
+        near(out, reference.attention(*(x.double() for x in (q, k, v)), causal=True))
+        with pytest.raises(AssertionError, match="under way"):
+            emulated(call, without="mbarrier.try_wait")
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (33, 20)], ids=str)

@@ -16,6 +16,7 @@ What is compiled, and how: aot_compile.py. Rules:
 - shared memory within the target's limit, the grid within CUDA's
 - products of 16-bit values on tensor cores, by the instruction that the target has for their size,
   whose operands' addresses come from registers that something has written (sass.py)
+- what takes tensor descriptors loads by them: UTMALDG, TMA's instruction
 - against the table: no entry more or less, no spill, nothing moved and no shared memory more, at
   most SLACK registers more, no instruction lost
 - every launcher and every kernel of kernels/triton has an entry
@@ -64,6 +65,8 @@ def broken(job: Job, entry: Entry) -> Iterator[str]:
             wanted = LARGE_PRODUCT.get(job.target, wanted)
         if wanted not in entry["instructions"]:
             yield f"16-bit products of {rows} rows without {wanted}: {entry['instructions']}"
+    if entry.get("described") and "UTMALDG" not in entry["instructions"]:
+        yield f"tensor descriptors without UTMALDG: {entry['instructions']}"
     for what in entry.get("undefined", ()):
         yield f"a register that nothing has written: {what}"
 
@@ -135,6 +138,7 @@ def compile_all(todo: list[Job], verbose: bool) -> tuple[dict[str, Entry], list[
                 continue
             problems += [f"{job.name}: {what}" for what in broken(job, entry)]
             entry.pop("product", None)
+            entry.pop("described", None)
             if entry["spills"] and job.spills:
                 entry["why"] = job.spills
             entries[job.name] = entry

@@ -67,6 +67,9 @@ class Job:
         measure = _nvidia if self.target.startswith("sm") else _amd
         entry = {**measure(compiled.asm), "shared": compiled.metadata.shared, "config": self.config}
         entry["product"] = _rows_of_products(compiled.asm["ttir"])
+        entry["described"] = any(
+            "tensordesc" in str(kind) for kind in self.source.signature.values()
+        )
         return entry
 
 

@@ -20,8 +20,9 @@ from llmops.kernels.triton._attention_tile import (
     NEGATIVE,
     SINKS,
 )
-from llmops.kernels.triton._launch import all_registers, architecture, cdiv
+from llmops.kernels.triton._launch import all_registers, architecture, cdiv, has_tma
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def heads_like(like: Tensor, dim: int) -> Tensor:
@@ -34,6 +35,21 @@ def heads_like(like: Tensor, dim: int) -> Tensor:
 
 def dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """x [B, H, T, D] in tiles of rows x columns; None where TMA cannot address it, or only may: of
+    an expanded tensor's strides of 0 CUDA promises nothing. Made on the host: a descriptor made in
+    a kernel wants an allocator, which Triton has once for the whole process."""
+    size = x.element_size()
+    fits = (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s * size % 16 == 0 and 0 < s * size < 2**40 for s in x.stride()[:3])
+        and all(0 < n < 2**31 for n in x.shape)
+        and max(rows, columns) <= 256
+    )
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, columns]) if fits else None
 
 
 def padded(dim: int, dim_v: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -79,17 +95,21 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
 
 def candidates(op: str, key: tuple[int, torch.dtype, bool]) -> Iterator[_config.Config]:
     """What `llmops tune` tries beside the table; CHUNK stays the table's. Backward, BLOCK_M is what
-    a program holds and BLOCK_N what it walks over, and both forms of dQ are tried."""
+    a program holds and BLOCK_N what it walks over, and both forms of dQ are tried. Forward, full
+    blocks come by pointers, and by descriptors where TMA is there and another stage to fill."""
     dim, dtype, general = key
+    backward = op == "attention_bwd"
     forms: list[_config.Config] = [{}]
-    if op == "attention_bwd":
+    if backward:
         forms = [{"ONE_PASS": False}, {"ONE_PASS": True}]
+    elif has_tma() and not general and dim <= table(dim, dtype, False, 0, 0)["CHUNK"]:
+        forms = [{"DESCRIPTORS": False}, {"DESCRIPTORS": True}]
     narrow = dtype == torch.float32 or dim > 128
     for held in (32, 64) if narrow else (64, 128):
         for walked in (16, 32) if narrow else (32, 64, 128):
             for warps in (4, 8):
-                for stages in (1, 2) if narrow or len(forms) > 1 or general else (1, 2, 3):
-                    for form in forms:
+                for stages in (1, 2) if narrow or backward or general else (1, 2, 3):
+                    for form in forms if stages > 1 or backward else forms[:1]:
                         yield {"BLOCK_M": held, "BLOCK_N": walked, "num_warps": warps,
                                "num_stages": stages, **form}  # fmt: skip
 
@@ -145,6 +165,7 @@ class Problem:
         self.one_pass = config.pop("ONE_PASS", False)
         if self.one_pass and torch.are_deterministic_algorithms_enabled():
             self.one_pass, config = False, dict(chosen)
+        self.descriptors = config.pop("DESCRIPTORS", False)
         chunk = config.pop("CHUNK")
         block_d, block_dv = padded(dim, dim_v, q.dtype)
         self.constants = {
@@ -165,6 +186,17 @@ class Problem:
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         return 0 if self.varlen else x.stride(0), x.stride(1), x.stride(2)
+
+    def tiles(self) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        """Descriptors of K and V, for the full blocks of a kernel that has them; None where their
+        rows come by pointers: both, so that there are two forms of a kernel, not four."""
+        known = self.constants
+        whole = known["DIM"] <= known["BLOCK_D"] and not known["FORM"] & GENERAL.value
+        if not self.descriptors or not whole or not has_tma():
+            return None, None
+        k = described(self.k, known["BLOCK_N"], known["BLOCK_D"])
+        v = described(self.v, known["BLOCK_N"], known["BLOCK_DV"])
+        return (None, None) if k is None or v is None else (k, v)
 
     def parts(self, *dims: str) -> int:
         """Programs that share a block: one per chunk of the outputs' last dimension."""

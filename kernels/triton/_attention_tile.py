@@ -104,6 +104,13 @@ def rows_of(rows, keep, part, DIM: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.co
 
 
 @triton.jit
+def tile_of(tiles, batch, head, row, part, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of ROWS rows from `row` on, all kept, by a descriptor of [B, H, T, D]: TMA copies
+    them, and puts zeros where D ends."""
+    return tl.reshape(tiles.load([batch, head, row, part * BLOCK]), [ROWS, BLOCK])
+
+
+@triton.jit
 def product(
     a, a_rows, a_keep, b, b_rows, b_keep, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,

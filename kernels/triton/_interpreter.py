@@ -185,9 +185,9 @@ def _check_memory() -> None:
     rmw = Builder.create_atomic_rmw
     arguments = interpreter.GridExecutor._init_args_hst
 
-    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         _check_addresses(pointers, mask, "load")
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)  # named: by a tensor descriptor
 
     def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         _check_addresses(pointers, mask, "store")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -97,6 +98,13 @@ def all_registers(num_warps: int) -> dict[str, int]:
     return {"maxnreg": min(65536 // (32 * num_warps), 255)}
 
 
+def has_tma() -> bool:
+    """Whether the copy engine for tiles is there, which tensor descriptors are for: Hopper and
+    later. The interpreter runs them too."""
+    where = architecture()
+    return where == "interpreter" or (where.startswith("sm") and int(where[2:]) >= 90)
+
+
 def is_recording() -> bool:
     return _recorded is not None
 
@@ -157,11 +165,14 @@ def _kind(argument: Any) -> Any:
 
 def _value(argument: Any) -> Any:
     """Of an integer itself, which is finer than its kind; of a tensor what its pointer's type and
-    alignment are; of all else, which is not specialized on, the class."""
+    alignment are; of a tensor descriptor its type, which has the tile; of all else, which is not
+    specialized on, the class."""
     if argument is None:
         return None
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() & 15 == 0
+    if isinstance(argument, TensorDescriptor):
+        return TensorDescriptor, argument.base.dtype, *argument.block_shape
     return argument.__class__
 
 
@@ -181,8 +192,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: Any, constants: dict[
     """kernel[grid](*arguments, **constants), but by its own key where Triton has done it before:
     Triton's way from a call to the driver takes thirty to fifty microseconds, this one a fifth.
 
-    Profilers' hooks are Triton's: with one in place its run() serves. Its other settings count as
-    they were when a kind of call was first launched."""
+    A tensor descriptor is passed as it is: the compiled kernel's run() encodes it, at each launch,
+    from where its tensor then lies. Profilers' hooks are Triton's: with one in place its run()
+    serves. Its other settings count as they were when a kind of call was first launched."""
     direct = _direct()
     if direct is None or kernel.pre_run_hooks:
         kernel[grid](*arguments, **constants)

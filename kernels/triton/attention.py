@@ -6,8 +6,11 @@ skipped, and the heaviest query blocks of a head come first. Exponentials in bas
 folded in; K and V are shared by a group of heads and never repeated. Backward: `attention_bwd.py`.
 fp32 softmax and sums, weights rounded to v's dtype for the product with v. Head dimensions are
 padded to a power of two; above BLOCK_D they are split in chunks, one program per chunk of the
-output, each with the whole scores. Few queries over many keys: `attention_kvcache.py`'s kernels,
-which divide the keys. 4 Tq Tk D flops per head. Formula: `_attention_tile.py`.
+output, each with the whole scores. Full blocks come by pointers or, on Hopper and later where
+`llmops tune` found it faster (`DESCRIPTORS` of its configuration), by tensor descriptors, TMA's;
+the numbers are the same, the speed is not measured. Few queries over many keys:
+`attention_kvcache.py`'s kernels, which divide the keys. 4 Tq Tk D flops per head. Formula:
+`_attention_tile.py`.
 
 Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 """
@@ -33,6 +36,7 @@ from llmops.kernels.triton._attention_tile import (
     NATURAL,
     NEGATIVE,
     SINKS,
+    VARLEN,
     block_range,
     dropped,
     key_range,
@@ -40,6 +44,7 @@ from llmops.kernels.triton._attention_tile import (
     product,
     rows_of,
     sequence,
+    tile_of,
 )  # fmt: skip
 from llmops.kernels.triton._launch import cdiv, launch
 from llmops.kernels.triton.attention_kvcache import attention_kvcache, divides_keys
@@ -50,17 +55,22 @@ from torch import Tensor
 def _attend(
     acc, top, total, q_tile, q_rows, q_keep, k_base, v_base, k_t, v_t, begin, end, low, high, query,
     queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed, plane, below, part,
+    k_tiles, v_tiles, batch, head, start,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
-    """The keys [begin, end) in blocks; of cut ones no row outside [low, high) is read."""
+    """The keys [begin, end) in blocks; of cut ones no row outside [low, high) is read. Full ones
+    come by the descriptors k_tiles and v_tiles where these are not None."""
     for first in range(begin, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         key, held = n[None, :], ((n >= low) & (n < high))[:, None]
         at = n.to(tl.int64)[:, None]
         k_rows = k_base + at * k_t
-        k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, CUT)
+        if k_tiles is None:
+            k_tile = rows_of(k_rows, held, 0, DIM, BLOCK_D, CUT)
+        else:
+            k_tile = tile_of(k_tiles, batch, head, start + first, 0, BLOCK_N, BLOCK_D)
         s = product(q_tile, q_rows, q_keep, k_tile, k_rows, held, DIM, BLOCK_D, PRECISION)
         if NEGATIVE & FORM:
             s = -s
@@ -80,7 +90,10 @@ def _attend(
         total = total * alpha + tl.sum(p, 1)
         if DROPOUT & FORM:
             p = tl.where(dropped(seed, plane, query, first, below, BLOCK_N, True), 0.0, p)
-        v_tile = rows_of(v_base + at * v_t, held, part, DIM_V, BLOCK_DV, CUT)
+        if v_tiles is None:
+            v_tile = rows_of(v_base + at * v_t, held, part, DIM_V, BLOCK_DV, CUT)
+        else:
+            v_tile = tile_of(v_tiles, batch, head, start + first, part, BLOCK_N, BLOCK_DV)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         top = new
@@ -92,7 +105,7 @@ def attention_fwd_kernel(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     mask_b, mask_h, mask_t, mask_n, slope_b, slope_h, heads, group, queries, keys, scale, left,
     right, cap, below, keep_scale,
-    out, lse, out_b, out_h, out_t, lse_b, lse_h, blocks,
+    out, lse, out_b, out_h, out_t, lse_b, lse_h, blocks, k_tiles, v_tiles,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,20 +145,23 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     low, full_low, full_high, high = key_range(first, BLOCK_M, queries, keys, left, right, FORM)
     begin, a, z = block_range(low, full_low, full_high, high, BLOCK_N)
+    batch, kv_head, start = b.to(tl.int32), (h // group).to(tl.int32), k_start.to(tl.int32)
+    if VARLEN & FORM:
+        batch = tl.cast(0, tl.int32)  # of one tensor, in which the sequences are
     if GENERAL & FORM:
         z = begin
     else:
         acc, top, total = _attend(
             acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, a, z, low, high,
             query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
-            plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
-            False,
+            plane, below, part, k_tiles, v_tiles, batch, kv_head, start, DIM, DIM_V, BLOCK_M,
+            BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION, False,
         )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, q_tile, q_rows, inside, k_base, v_base, k_t, v_t, z, high, low, high,
         query, queries, keys, factor, left, right, slope, cap, mask_rows, mask_n, seed_value,
-        plane, below, part, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FORM, PRECISION,
-        True,
+        plane, below, part, None, None, batch, kv_head, start, DIM, DIM_V, BLOCK_M, BLOCK_N,
+        BLOCK_D, BLOCK_DV, FORM, PRECISION, True,
     )  # fmt: skip
 
     nothing = total == 0.0
@@ -181,7 +197,7 @@ def forward(
     strides = (*problem.strides(out), *problem.strides(lse)[:2])
     launch(
         attention_fwd_kernel, grid, *problem.arguments, out, lse, *strides, blocks,
-        **problem.constants,
+        *problem.tiles(), **problem.constants,
     )  # fmt: skip
     return out, lse
 

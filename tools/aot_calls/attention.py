@@ -1,5 +1,5 @@
 """attention: the usual heads, causal and not, in groups; each modifier once; both directions, the
-backward in both forms.
+backward in both forms, and the forward by tensor descriptors, which is another kernel where TMA is.
 
 fp16 is told by one size and fp32 by its largest: their kernels are bf16's."""
 
@@ -30,28 +30,37 @@ def calls(make: Any, call: Any) -> None:
             with _config.override("attention_bwd", ONE_PASS=True, **held):
                 call(f"{label} one pass", "attention_bwd", *given)
 
+    def described(label: str, dim: int, dim_v: int, causal: bool) -> None:
+        """Where there is no TMA both are the same kernel, and one entry."""
+        q, k, v = make(2, 32, 4096, dim), make(2, 8, 4096, dim), make(2, 8, 4096, dim_v)
+        call(label, "attention", q, k, v, None, causal, 0.125)
+        with _config.override("attention", DESCRIPTORS=True):
+            call(f"{label} descriptors", "attention", q, k, v, None, causal, 0.125)
+
     def fp32(*shape: int) -> Any:
         return make(*shape, dtype=torch.float32)
 
     window = {"window_left": 512, "window_right": 0, "softcap": 30.0, "sinks": fp32(32)}
     noise = {"alibi_slopes": fp32(32), "dropout_p": 0.1, "seed": make(1, dtype=torch.int64)}
     both("d=128 causal", 128)
+    if make.dtype != torch.float16:
+        described("d=64 causal", 64, 64, True)  # of fp32 the largest that is one chunk
     if make.dtype == torch.float32:
         both("d=128 all", 128, fp32(4096, 4096), **window, **noise)
     if make.dtype != torch.bfloat16:
         return
     both("d=64 causal", 64)
-    q, k = make(2, 32, 4096, 128), make(2, 8, 4096, 128)
-    call("d=128", "attention", q, k, k, None, False, 0.125)
+    described("d=128 causal", 128, 128, True)
+    described("d=128", 128, 128, False)
+    k = make(2, 8, 4096, 128)
     # One query a head: the kernels of a cache that is full.
     call("d=128 decode", "attention", make(2, 32, 1, 128), k, k, None, True, 0.125)
     both("d=256 causal", 256)
     both("d=128 mask", 128, make(2, 1, 4096, 4096), False)
     both("d=128 window", 128, **window)
     both("d=128 dropout", 128, **noise)
-    # Values of another swizzle than the keys', which nothing copies asynchronously.
-    q, k, v = make(2, 32, 4096, 40), make(2, 8, 4096, 40), make(2, 8, 4096, 24)
-    call("d=40x24", "attention", q, k, v, None, False, 0.125)
+    # Values of another swizzle than the keys', which pointers do not copy asynchronously.
+    described("d=40x24", 40, 24, False)
     # Narrower values than keys: of the latter there are two chunks.
     q, k, v = make(2, 32, 4096, 192), make(2, 8, 4096, 192), make(2, 8, 4096, 128)
     out, lse = call("d=192x128 causal", "attention", q, k, v, None, True, 0.125)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llmops.kernels.triton import _config
 
 SPILLS = {"attention_bwd_dkdv bf16 d=128 packed": "as in attention.py"}
 
@@ -17,5 +18,7 @@ def calls(make: Any, call: Any) -> None:
     lengths = cu, cu, 2048, 2048, True, 0.125
     none = -1, -1, None, 0.0, None, 0.0, None
     out, lse = call("d=128 packed", "attention_varlen", q, k, k, *lengths, *none)
+    with _config.override("attention", DESCRIPTORS=True):
+        call("d=128 packed descriptors", "attention_varlen", q, k, k, *lengths, *none)
     call("d=128 packed", "attention_varlen_bwd", out, None, q, k, k, out, lse, *lengths,
          *none)  # fmt: skip
