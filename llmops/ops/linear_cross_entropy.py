@@ -214,7 +214,7 @@ def _sums(
 ) -> Any:  # fmt: skip
     return get(backend).linear_cross_entropy(
         input, linear_weight, target, linear_bias, _wide_weight(weight), ignore_index,
-        label_smoothing, row_grad, wanted, keep,
+        label_smoothing, row_grad, wanted, len(input) if keep else 0,
     )  # fmt: skip
 
 
@@ -234,8 +234,8 @@ def _divisor(
 
 
 def _divides_ahead(input: Tensor, reduction: str) -> bool:
-    """Whether the gradients made in the forward are the mean's. 16-bit ones might underflow."""
-    return reduction == "mean" and input.dtype == torch.float32
+    """Whether the gradients made in the forward are the mean's. fp16's might underflow."""
+    return reduction == "mean" and input.dtype != torch.float16
 
 
 def _ordered_sum(values: Tensor, backend: str) -> Tensor:
