@@ -51,13 +51,12 @@ void split(const float* a, float* apart, float* joined) {
 }
 #ifdef __AVX512F__
 void pairs(const bf16* a, const bf16* b, int n, float* out) {
-  Vec r[7];
+  Vec r[5];
   const Vec x = load_pairs_n(a, n), y = load_pairs_n(b, n);
   interleave_pairs(x, y, r);
   unpack_pairs(x, y, r + 2);
   r[4] = flip_pair_signs(x);
-  r[5] = make_pairs(load(a), load(a + W));
-  for (int i = 0; i < 6; ++i) store(out + i * W, r[i]);
+  for (int i = 0; i < 5; ++i) store(out + i * W, r[i]);
 }
 void repack(const float* a, float* out) {
   Vec r[2] = {load(a), load(a + W)};
@@ -66,6 +65,10 @@ void repack(const float* a, float* out) {
 }
 #endif
 #ifdef LLMOPS_HAS_DOT_PAIRS
+void merge(const float* a, float* merged, bf16* first, bf16* second) {
+  store(merged, make_pairs(load(a), load(a + W)));
+  store_halves(first, second, narrow_pairs(load(a), load(a + W)));
+}
 void dot(const float* a, const float* b, const float* c, float* narrowed, float* out) {
   store(narrowed, narrow_pairs(load(a), load(a + W)));
   store(out, dot_pairs(load(narrowed), narrow_pairs(load(b), load(b + W)), load(c)));
@@ -187,9 +190,9 @@ def test_cpu_vector_pairs(pair_simd: Library) -> None:
     w = pair_simd.width
     a, b = to_bf16(normal(2 * w)), to_bf16(normal(2 * w, seed=1))
     for n in range(2 * w + 2):
-        out = np.zeros((6, w), f32)
+        out = np.zeros((5, w), f32)
         pair_simd("pairs", a, b, n, out)
-        cells = out.view(np.uint16).reshape(6, w, 2)
+        cells = out.view(np.uint16).reshape(5, w, 2)
         x, y = (np.where(np.arange(2 * w) < n, v, 0).astype(np.uint16) for v in (a, b))
         both = np.stack([x, y], 1)
         np.testing.assert_array_equal(cells[:2].reshape(2 * w, 2), both)
@@ -197,7 +200,6 @@ def test_cpu_vector_pairs(pair_simd: Library) -> None:
         np.testing.assert_array_equal(cells[2].reshape(-1, 4, 2), quarters[::2])
         np.testing.assert_array_equal(cells[3].reshape(-1, 4, 2), quarters[1::2])
         np.testing.assert_array_equal(cells[4].ravel(), x ^ 0x8000)
-        np.testing.assert_array_equal(cells[5], a.reshape(2, w).T)
     line, out = np.arange(2 * w, dtype=f32), np.zeros(2 * w, f32)
     pair_simd("repack", line, out)
     quarters = line.reshape(2, -1, 4)
@@ -218,6 +220,12 @@ def test_cpu_vector_dot_pairs(pair_simd: Library) -> None:
 
     def flush(x: np.ndarray) -> np.ndarray:
         return np.where(np.abs(x) < np.finfo(f32).tiny, np.copysign(0, x), x)
+
+    merged, halves = np.zeros(w, f32), np.zeros((2, w), np.uint16)
+    pair_simd("merge", b, merged, halves[0], halves[1])
+    narrow = to_bf16(flush(b)).reshape(2, w)
+    np.testing.assert_array_equal(merged.view(np.uint16).reshape(w, 2), narrow.T)
+    np.testing.assert_array_equal(halves, narrow)
 
     x, y = (from_bf16(to_bf16(flush(v))).reshape(w, 2).astype(np.float64) for v in (a, b))
     np.testing.assert_array_equal(narrowed.view(np.uint16), to_bf16(flush(a)))

@@ -119,13 +119,11 @@ LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, V
         const int at = k * kLanes + j * W;
         if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-          store(s.p16 + at, p0);
-          store(s.ds16 + at, ds0);
-          store(s.ds_pairs + k / 2 * kLanes + j * W, make_pairs(ds0, ds1));
-          if (count == 2) {
-            store(s.p16 + at + kLanes, p1);
-            store(s.ds16 + at + kLanes, ds1);
-          }
+          // The row behind an odd last one is there, and overwritten or not read.
+          store_halves(s.p16 + at, s.p16 + at + kLanes, narrow_pairs(p0, p1));
+          const Vec both = narrow_pairs(ds0, ds1);
+          store_halves(s.ds16 + at, s.ds16 + at + kLanes, both);
+          store(s.ds_pairs + k / 2 * kLanes + j * W, merge_halves(both));
 #endif
         } else {
           store(s.s + at, p0);

@@ -217,12 +217,6 @@ LLMOPS_INLINE Vec load_pairs_n(const bf16* p, int n) {
   const __mmask32 m = n <= 0 ? 0u : (1u << n) - 1u;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
 }
-// Lane i: (low[i], high[i]) rounded to bf16.
-LLMOPS_INLINE Vec make_pairs(Vec low, Vec high) {
-  const __m512i a = _mm512_cvtepu16_epi32(narrow_bf16(low.v));
-  const __m512i b = _mm512_cvtepu16_epi32(narrow_bf16(high.v));
-  return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
-}
 // 32 bf16 of each of two rows, interleaved into 32 pairs (row a in the low halves).
 LLMOPS_INLINE void interleave_pairs(Vec a, Vec b, Vec* out) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
@@ -256,6 +250,20 @@ LLMOPS_INLINE void repack_halves(Vec* r) {
 LLMOPS_INLINE Vec narrow_pairs(Vec first, Vec second) {
   return {(__m512)_mm512_cvtne2ps_pbh(second.v, first.v)};
 }
+// narrow_pairs' result, a lane of the first beside the same lane of the second; and its halves, by
+// row. One conversion and one permutation, where narrowing each and merging are eight.
+LLMOPS_INLINE Vec merge_halves(Vec a) {
+  const __m512i index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(index, _mm512_castps_si512(a.v)))};
+}
+LLMOPS_INLINE void store_halves(bf16* first, bf16* second, Vec a) {
+  const __m512i x = _mm512_castps_si512(a.v);
+  _mm256_storeu_si256((__m256i*)first, _mm512_castsi512_si256(x));
+  _mm256_storeu_si256((__m256i*)second, _mm512_extracti64x4_epi64(x, 1));
+}
+// Lane i: (low[i], high[i]) rounded to bf16.
+LLMOPS_INLINE Vec make_pairs(Vec low, Vec high) { return merge_halves(narrow_pairs(low, high)); }
 // c + a.low * b.low + a.high * b.high, in fp32 (subnormal products and sums flush to zero).
 LLMOPS_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};

@@ -348,6 +348,13 @@ LLMOPS_EMULATED __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m5
   for (int i = 0; i < 32; ++i) out.at[i] = (from.at[i] & 32 ? y : x).at[from.at[i] & 31];
   return wide(out);
 }
+LLMOPS_EMULATED __m256i _mm512_castsi512_si256(__m512i a) { return _mm256_castps_si256(a.low); }
+LLMOPS_EMULATED __m256i _mm512_extracti64x4_epi64(__m512i a, int half) {
+  return _mm256_castps_si256(half ? a.high : a.low);
+}
+LLMOPS_EMULATED __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
+  return _mm512_permutex2var_epi16(a, index, a);
+}
 LLMOPS_EMULATED __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int imm) {
   return {_mm256_permute2f128_ps(a.low, a.high, (imm & 3) | (imm >> 2 & 3) << 4),
           _mm256_permute2f128_ps(b.low, b.high, (imm >> 4 & 3) | (imm >> 6 & 3) << 4)};
