@@ -63,7 +63,7 @@ CUDA_PARTS ?= 50
 CUDA_ONLY ?= cuda
 test-cuda: install
 	LLMOPS_CUDA_SIM=1 LLMOPS_TEST_PART=$${LLMOPS_TEST_PART:-head/$(CUDA_PARTS)} OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -q -k "([cuda- or [cuda]) and ($(CUDA_ONLY))" --durations=10
+	$(BIN)/python -m pytest -q -k "([cuda- or [cuda] or -cuda]) and ($(CUDA_ONLY))" --durations=10
 
 # The Triton kernels compiled for GPUs that are not here, against benchmarks/aot; by the pinned
 # Triton, and by the oldest one. AOT=--write renews the tables; AOT="--part head/80" is CI's part.

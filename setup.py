@@ -129,11 +129,15 @@ def cuda_wanted(torch: Path) -> Path | None:
 
 def gencode(archs: str) -> str:
     """nvcc flags: machine code for each architecture, PTX of the last for what comes later, and of
-    the first for what lies between: sm_103 can take neither sm_100a's code nor sm_120's PTX."""
-    names = [a for a in re.split(r"[;, ]+", archs) if a]
+    the first for what lies between: sm_103 can take neither sm_100a's code nor sm_120's PTX. All
+    of CUDA_ARCHS where none is named."""
+    names = [a for a in dict.fromkeys(re.split(r"[;, ]+", archs)) if a] or CUDA_ARCHS.split(";")
     for name in names:
-        if not re.fullmatch(r"\d+[af]?", name):
-            raise SystemExit(f"llmops: LLMOPS_CUDA_ARCHS: {name!r} is no architecture such as 90a")
+        # The tensor cores' instructions and cp.async begin with sm_80.
+        if not re.fullmatch(r"\d+[af]?", name) or int(name.rstrip("af")) < 80:
+            raise SystemExit(
+                f"llmops: LLMOPS_CUDA_ARCHS: {name!r} is no architecture such as 90a, from 80 on"
+            )
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in names]
     flags += [f"-gencode arch=compute_{a},code=compute_{a}" for a in sorted({names[0], names[-1]})]
     return " ".join(flags)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,28 @@ def test_cuda_gate_holds_products_to_tensor_cores(gate: Any, table: Any) -> None
     assert len(gate.compare(changed, table)) == 1
     assert gate.PRODUCT.search("  /*0420*/   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;")
     assert not gate.PRODUCT.search("  /*0420*/   FFMA R4, R8, R12, R4 ;")
+
+
+@pytest.fixture(scope="module")
+def gencode() -> Any:
+    """setup.py's, which cannot be imported."""
+    text = (ROOT / "setup.py").read_text()
+    scope: dict[str, Any] = {"re": re}
+    exec(re.findall(r"^CUDA_ARCHS = .*$", text, re.MULTILINE)[0], scope)
+    exec(text[text.index("def gencode(") : text.index("def quote(")], scope)
+    return scope["gencode"]
+
+
+def test_cuda_architectures_of_the_build(gencode: Any) -> None:
+    assert re.findall(r"code=(\S+)", gencode("90a")) == ["sm_90a", "compute_90a"]
+    every = gencode("80;90a;100a;120")
+    assert every.count("code=sm_") == 4 and every.count("code=compute_") == 2
+    for none in ("", " ", ";"):  # an empty variable, as a script sets it
+        assert gencode(none) == every
+    assert gencode("90a;90a, 90a") == gencode("90a")
+
+
+@pytest.mark.parametrize("archs", ["sm_90", "9.0", "all", "90b", "75", "80;70", "-90"])
+def test_cuda_architectures_that_are_none(gencode: Any, archs: str) -> None:
+    with pytest.raises(SystemExit, match=r"LLMOPS_CUDA_ARCHS: '.*' is no architecture"):
+        gencode(archs)

@@ -100,6 +100,20 @@ def test_gpu_runs_chosen_units(gpu: Any, tmp_path: Path) -> None:
     assert found["state"] == "unfinished"
 
 
+def test_gpu_units_are_a_regular_expression(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--units", "rope ("])
+    assert "--units: 'rope (' is no regular expression" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"units": 1}'])
+def test_gpu_begins_anew_where_a_state_is_none(gpu: Any, tmp_path: Path, text: str) -> None:
+    gpu.gpu_run.STATE.mkdir()
+    (gpu.gpu_run.STATE / "fake.json").write_text(text)
+    found = gpu.work([stage(gpu, unit(gpu, "good", "pass"))], 1.0, tmp_path)
+    assert found["stages"]["fake"]["state"] == "passed"
+
+
 def test_gpu_runs_units_at_a_time(gpu: Any, tmp_path: Path) -> None:
     """Two that wait for each other's file end; the output of each is its own."""
     code = """

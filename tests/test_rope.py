@@ -59,6 +59,20 @@ def test_rope_qk_in_place_on_a_fused_projection(target: Target) -> None:
     assert torch.equal(v, before)
 
 
+@TARGETS
+def test_rope_qk_of_no_heads(target: Target) -> None:
+    """Where one of the two has nothing in it the other is turned, and its rest copied."""
+    x, none = torch.randn(2, 3, 5, 12), torch.empty(2, 0, 5, 12)
+    cos, sin = tables(Make(torch.float32, target.device), 5, 4)
+    with target.active():
+        want = llmops.rope(x, cos, sin, backend=target.backend)
+        _, k = llmops.rope_qk(none, x, cos, sin, backend=target.backend)
+        q, _ = llmops.rope_qk(x, none, cos, sin, backend=target.backend)
+        assert torch.equal(k, want) and torch.equal(q, want)
+        llmops.rope_qk_(none, x, cos, sin, backend=target.backend)
+    assert torch.equal(x, want)
+
+
 def test_rope_qk_in_place_refuses_shared_memory() -> None:
     cos, sin = tables(Make(torch.float32), 4, 4)
     q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from rotation import parse
+from cuda_sim import build
+from rotation import ROOT, parse
 
 from llmops.testing import specs, targets
 from llmops.testing._suite import Case, cases
@@ -53,3 +57,27 @@ def test_rotation_rejects(text: str) -> None:
 
 def test_rotation_all_is_all() -> None:
     assert parse("all") is None
+
+
+def test_rotation_has_every_test_of_the_simulated_kernels() -> None:
+    """`make test-cuda` tells them by their ids, in which the target may stand first or last."""
+    if reason := build.why_not():
+        pytest.skip(reason)
+    of_make = subprocess.run(
+        ["make", "-n", "test-cuda", "INSTALLED=1"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    expression = re.search(r'-k "(.*?)"', of_make)
+    assert expression, of_make
+
+    def collected(*options: str) -> set[str]:
+        files = [f"tests/test_{op}.py" for op in ("gelu", "rope", "rms_norm")]
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *options, *files]
+        environment = {**os.environ, "LLMOPS_CUDA_SIM": "1", "LLMOPS_TEST_PART": "all"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        return {line for line in done.stdout.splitlines() if "::" in line}
+
+    of_target = {name for name in collected() if re.search(r"[\[-]cuda[\]-]", name)}
+    assert any(name.endswith("-cuda]") for name in of_target)
+    assert collected("-k", expression[1]) == of_target

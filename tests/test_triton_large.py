@@ -141,6 +141,35 @@ def test_triton_large_dense(op: str, width: int, edge: Callable[[int], None]) ->
         assert bool(small.any())
 
 
+def test_triton_large_norm_parameters(edge: Callable[[int], None]) -> None:
+    """The programs' sums for the weight's gradient, [programs, n], of more than 2^31 elements, as
+    rows of millions make them: written by the first program and the last, and added up."""
+    from llmops.kernels.triton import _norm_bwd
+    from llmops.kernels.triton._launch import cdiv, launch
+
+    edge(1)
+    row = torch.randn(1, 20480, generator=torch.Generator().manual_seed(0))
+    programs, n = 2**31 // row.shape[1] + 2, row.shape[1]
+    sums = torch.empty(programs, n)
+    sums[[0, -1]] = 0.0
+    launch(
+        _norm_bwd.norm_bwd_long_kernel, (programs,), row.expand(programs, n),
+        row.expand(programs, n), None, None, None, None, sums, None, programs, n, 0, 0, 0, 1e-5,
+        0.0, CENTERED=False, ROWS=1, BLOCK=4096,
+    )  # fmt: skip
+    assert torch.equal(sums[0], sums[-1]) and bool(sums[0].any())
+    del sums
+    programs, n = 70, 2**31 // 70 + 64
+    sums, total = torch.empty(programs, n), torch.empty(n)
+    ends = [*range(32), *range((n - 1) // 32 * 32, n)]
+    sums[:, ends] = torch.randn(programs, len(ends))
+    launch(
+        _norm_bwd.norm_sum_kernel, (cdiv(n, 32),), sums, None, total, None, programs, n,
+        PROGRAMS=32, COLUMNS=32,
+    )  # fmt: skip
+    torch.testing.assert_close(total[ends], sums[:, ends].sum(0))
+
+
 @pytest.mark.parametrize("axis", ("batch", "heads"))
 def test_triton_large_attention(axis: str, edge: Callable[[int], None]) -> None:
     """Results and gradients of more than 2^31 elements; all batch items or heads share memory."""
@@ -157,6 +186,21 @@ def test_triton_large_attention(axis: str, edge: Callable[[int], None]) -> None:
     for large, small in zip(*results, strict=True):
         assert torch.equal(large, small)
         assert bool(small.any())
+
+
+def test_triton_large_attention_mask(edge: Callable[[int], None]) -> None:
+    """A mask of more than 2^31 elements, and so is its gradient."""
+    x, mask = torch.randn(16, 16).to(DTYPE), torch.randn(16, 16)
+    results = []
+    for count in (2**31 // mask.numel() + 2, 3):
+        leaf = mask.expand(count, 1, 16, 16).requires_grad_()
+        q = x.expand(leaf.shape)
+        out = llmops.attention(q, q, q, mask=leaf, backend="triton")
+        assert isinstance(out, Tensor)
+        (found,) = torch.autograd.grad(out, leaf, q)
+        results.append(found[[0, -2, -1]])
+    assert torch.equal(*results)
+    assert bool(results[0].any())
 
 
 def far(generator: torch.Generator, *sizes: int, axis: int) -> Tensor:
@@ -194,6 +238,27 @@ def test_triton_large_attention_strides(form: str, axis: int) -> None:
             results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
     for spread, packed in zip(*results, strict=True):
         assert torch.equal(spread, packed)
+
+
+@pytest.mark.parametrize("axis", (0, 1, 2, 3), ids=("batch", "heads", "tokens", "keys"))
+def test_triton_large_attention_mask_gradient(axis: int) -> None:
+    """The mask with an axis so far apart, and what its gradient is computed from."""
+    generator = torch.Generator().manual_seed(0)
+    of_tokens = min(axis, 2)
+    q = far(generator, 3, 3, 40, 16, axis=of_tokens)
+    k, v = (far(generator, 3, 3, 70, 16, axis=of_tokens) for _ in range(2))
+    mask = far(generator, 3, 3, 40, 70, axis=axis)
+    results = []
+    for given in ([q, k, v, mask], [x.contiguous() for x in (q, k, v, mask)]):
+        leaves = [x.requires_grad_() for x in given]
+        out = llmops.attention(*leaves[:3], mask=leaves[3], window=(30, 5), backend="triton")
+        assert isinstance(out, Tensor)
+        grad = far(torch.Generator().manual_seed(1), *out.shape, axis=of_tokens)
+        grad = grad if given[0] is q else grad.contiguous()
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    for spread, packed in zip(*results, strict=True):
+        assert torch.equal(spread, packed)
+        assert bool(spread.any())
 
 
 @pytest.mark.parametrize("paged", (False, True), ids=("contiguous", "paged"))

@@ -116,11 +116,29 @@ with _config.override("softmax", ROWS=9):
     assert in_fresh_python(use, file, "0").strip() == "[2, 4, 1, 64, 1]"
     assert in_fresh_python(use, file, "1").strip() == "[1, 1, 1, 1, 1]"  # never interpreted
     everything = json.loads(file.read_text())
-    assert len(everything) == 1
-    file.write_text(json.dumps({"another device": everything.popitem()[1]}))
+    ((device, entries),) = everything.items()
+    file.write_text(json.dumps({"another device": entries}))
     assert in_fresh_python(use, file, "0").strip() == "[1, 1, 1, 1, 1]"
-    file.write_text("no json")
-    assert in_fresh_python(use, file, "0").strip() == "[1, 1, 1, 1, 1]"
+    # No JSON; and JSON of another form, as a hand may have left it.
+    warned = """
+import warnings
+from llmops.kernels.triton import _config
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    _config.load()
+assert "cannot be read" in str(seen[0].message) and "tables serve" in str(seen[0].message)
+"""
+    for other in ("", [["softmax"]], [["softmax", 64, {}]], [["softmax", [64], "BLOCK"]], 5):
+        file.write_text(json.dumps({device: other}) if other else "no json")
+        assert in_fresh_python(warned + use, file, "0").strip() == "[1, 1, 1, 1, 1]", other
+    homeless = """
+import os, pathlib
+def home():
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = home
+del os.environ["LLMOPS_TUNED"]
+"""
+    assert in_fresh_python(homeless + use, file, "0").strip() == "[1, 1, 1, 1, 1]"
 
 
 def test_tune_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:

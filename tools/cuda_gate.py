@@ -96,7 +96,9 @@ def count_products(library: Path, table: Table, mangled: dict[str, str]) -> list
     """Into the table, how many products each kernel of TENSOR has; which have none. Of one
     architecture, the first: to disassemble takes ten seconds for each."""
     wanted = [m for m, name in mangled.items() if name.split("<")[0] in TENSOR]
-    architecture = min({a for e in table.values() for a in e}, key=lambda a: int(a[3:].rstrip("a")))
+    architecture = min(
+        {a for e in table.values() for a in e}, key=lambda a: int(a[3:].rstrip("af"))
+    )
     code = subprocess.run(
         [tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(wanted), str(library)],
         capture_output=True, text=True, check=True,

@@ -229,6 +229,10 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--stages: no stage {', '.join(unknown)}; there are {', '.join(names)}")
     try:
+        re.compile(options.units)
+    except re.error as error:
+        parser.error(f"--units: {options.units!r} is no regular expression: {error}")
+    try:
         import torch
     except ImportError:
         print("make gpu: needs a Python with torch; set PYTHON to it", file=sys.stderr)

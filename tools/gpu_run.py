@@ -106,10 +106,12 @@ def save(name: str, record: dict[str, Any], out: Path) -> None:
 
 def load(name: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((STATE / f"{name}.json").read_text())
+        found = json.loads((STATE / f"{name}.json").read_text())
     except (OSError, ValueError):
-        return {"stage": name, "units": {}}
-    return found
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("units"), dict):
+        return found
+    return {"stage": name, "units": {}}
 
 
 def go(stage: Stage, end: float, out: Path, keep: bool = False, only: str = "") -> dict[str, Any]:

@@ -89,16 +89,26 @@ def _read() -> dict[str, Any]:
         return found if isinstance(found, dict) else {}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        warnings.warn(f"llmops: {file()} cannot be read ({error}); tables serve", stacklevel=4)
+    except RuntimeError:  # a user without a home, who has tuned nothing
         return {}
+    except (OSError, ValueError) as error:
+        _unreadable(error)
+        return {}
+
+
+def _unreadable(error: Exception) -> None:
+    warnings.warn(f"llmops: {file()} cannot be read ({error}); tables serve", stacklevel=5)
 
 
 def load() -> dict[str, dict[Key, Config]]:
     """Of the current device, from the file, once; one that is not in it has its tables."""
     found: dict[str, dict[Key, Config]] = {}
-    for op, key, config in _read().get(_where(), []):
-        found.setdefault(op, {})[tuple(map(_decoded, key))] = config
+    try:
+        for op, key, config in _read().get(_where(), []):
+            found.setdefault(op, {})[tuple(map(_decoded, key))] = {**config}
+    except (TypeError, ValueError, AttributeError) as error:  # JSON, but of another form
+        _unreadable(error)
+        found = {}
     _tuned[_launch.current_device()] = found
     return found
 

@@ -43,7 +43,7 @@ from llmops.kernels.triton._attention_tile import (
     rows_of,
     sequence,
 )  # fmt: skip
-from llmops.kernels.triton._launch import cdiv, launch
+from llmops.kernels.triton._launch import all_registers, architecture, cdiv, launch
 from torch import Tensor
 
 
@@ -239,7 +239,10 @@ def backward(
     if dmask.numel():
         constants["BLOCK_N"] = max(constants["BLOCK_N"] // 2, 16)  # its sums take registers too
         if "num_warps" in constants and q.dtype != torch.float32:
-            constants["num_warps"] //= 2
+            # Four are a warp group: with fewer there is no HGMMA on Hopper, no UTCHMMA after it.
+            warps = max(constants["num_warps"] // 2, 4)
+            bound = all_registers(warps) if architecture() == "sm120" else {}
+            constants |= {"num_warps": warps, **bound}
         sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
         tiles_m = 1 if sizes[2] == 1 else cdiv(sizes[2], constants["BLOCK_M"])
         tiles_n = 1 if sizes[3] == 1 else cdiv(sizes[3], constants["BLOCK_N"])

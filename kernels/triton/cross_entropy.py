@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import cdiv, launch
+from llmops.kernels.triton._launch import all_registers, cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
@@ -191,11 +191,14 @@ def cross_entropy(
     source, where, last = _rows.broadcast(x, x.shape)
     heavy = x.dtype == torch.float32 and label_smoothing > 0
     config = _config.choose("cross_entropy", (_rows.power_of_2(n), x.dtype), _table(n, heavy))
+    # Told none of them, ptxas spills a few of those that smoothing takes.
+    smooth = label_smoothing > 0
+    bound = all_registers(config["num_warps"]) if smooth and config["PARTS"] == 1 else {}
     launch(
         cross_entropy_fwd_kernel, (cdiv(rows, config["ROWS"]),),
         source, ids, weight, losses, lse, rows, n, *where, last, ignore_index,
         label_smoothing, share_of_each(label_smoothing, n), z_loss,
-        SMOOTH=label_smoothing > 0, ROWWISE=rowwise, **config,
+        SMOOTH=smooth, ROWWISE=rowwise, **config, **bound,
     )  # fmt: skip
     if not rowwise:
         launch(

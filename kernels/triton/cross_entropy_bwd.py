@@ -145,8 +145,9 @@ def cross_entropy_bwd_kernel(
 
 def _table_bwd(n: int) -> _config.Config:
     block = min(_rows.power_of_2(n), TILE)
-    # Of short rows a thread has its elements in many, and each row's scalars cost it registers.
-    rows = min(TILE // block, 16, max(block // 8, 1))
+    # Of short rows a thread has its elements in many, and each row's scalars cost it registers:
+    # warps lie along a row first, so that a thread may have all the rows. Of 16, 99 spill.
+    rows = min(TILE // block, 8, max(block // 8, 1))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // 512, 1)}
 
 

@@ -57,6 +57,10 @@ def calls(make: Any, call: Any) -> None:
     call("d=128 decode", "attention", make(2, 32, 1, 128), k, k, None, True, 0.125)
     both("d=256 causal", 256)
     both("d=128 mask", 128, make(2, 1, 4096, 4096), False)
+    # One that all heads share, of heads whose tiles half of the warps hold.
+    q, k, lse = make(2, 32, 4096, 64), make(2, 8, 4096, 64), fp32(2, 32, 4096)
+    call("d=64 shared mask", "attention_bwd", q, None, q, k, k, make(4096, 4096), q, lse, False,
+         0.125, True)  # fmt: skip
     both("d=128 window", 128, **window)
     both("d=128 dropout", 128, **noise)
     # Values of another swizzle than the keys', which pointers do not copy asynchronously.

@@ -56,7 +56,7 @@ void set_tables(cuda::Rope& p, Launcher& launcher, const Tensor& cos, const Tens
 
 void run(const Tensor& q, const Tensor& q_out, const Tensor* k, const Tensor* k_out,
          const Tensor& cos_in, const Tensor& sin_in, const std::optional<Tensor>& ids,
-         bool interleaved, bool inverse) {
+         bool interleaved, bool inverse, bool in_place) {
   Launcher launcher(q, kRopeName);
   cuda::Rope p{};
   p.type = static_cast<int>(kernel_dtype(q.scalar_type(), kRopeName));
@@ -66,7 +66,7 @@ void run(const Tensor& q, const Tensor& q_out, const Tensor* k, const Tensor* k_
   p.dim = q.size(3);
   p.interleaved = interleaved;
   p.inverse = inverse;
-  p.in_place = q.data_ptr() == q_out.data_ptr();
+  p.in_place = in_place;
   const Tensor cos = last_dim_dense(cos_in), sin = last_dim_dense(sin_in);
   set_tables(p, launcher, cos, sin, ids.has_value());
   if (ids.has_value()) {
@@ -100,7 +100,7 @@ Tensor rope_cuda(const Tensor& x_in, const Tensor& cos, const Tensor& sin,
                  bool token_major) {
   check_heads(x_in);
   const Tensor x = last_dim_dense(x_in), y = output_like(x, token_major);
-  run(x, y, nullptr, nullptr, cos, sin, ids, interleaved, inverse);
+  run(x, y, nullptr, nullptr, cos, sin, ids, interleaved, inverse, false);
   return y;
 }
 
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> rope_qk_cuda(const Tensor& q_in, const Tensor& k_in, 
   check_pair(q_in, k_in);
   const Tensor q = last_dim_dense(q_in), k = last_dim_dense(k_in);
   const Tensor q_out = output_like(q, token_major), k_out = output_like(k, token_major);
-  run(q, q_out, &k, &k_out, cos, sin, ids, interleaved, inverse);
+  run(q, q_out, &k, &k_out, cos, sin, ids, interleaved, inverse, false);
   return {q_out, k_out};
 }
 
@@ -118,7 +118,7 @@ void rope_qk_in_place_cuda(Tensor q, Tensor k, const Tensor& cos, const Tensor& 
                            const std::optional<Tensor>& ids, bool interleaved, bool inverse) {
   check_pair(q, k);
   check_in_place(q, k);
-  run(q, q, &k, &k, cos, sin, ids, interleaved, inverse);
+  run(q, q, &k, &k, cos, sin, ids, interleaved, inverse, true);
 }
 
 }  // namespace
