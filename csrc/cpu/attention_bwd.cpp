@@ -68,49 +68,6 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   return s;
 }
 
-// sums [keys][ld] += A B, for the keys of a block: A [keys][64] cells over the queries, B
-// [64][ld] rows. Queries of vectors that do not see a group of keys are left out.
-template <bool kPairs>
-LLMOPS_OUTLINE void add_to_keys(Cells a, const float* b, int64_t ld, const QueryBlock& block,
-                                const int* visible, int keys, float* sums) {
-  constexpr int kStep = kPairs ? 2 : 1;
-  for (int i = 0; i < keys; i += kTileRows) {
-    const int rows = keys - i < kTileRows ? keys - i : kTileRows;
-    int j = 0;
-    while (j < block.vecs && visible[j] <= i) ++j;
-    const int64_t first = j * W / kStep, steps = (block.count + kStep - 1) / kStep - first;
-    if (steps <= 0) continue;
-    for (int64_t c = 0; c < ld; c += kTileVecs * W) {
-      const int vecs = clamp_int((ld - c) / W, 1, kTileVecs);
-      with_constant<kTileRows>(rows, [&](auto r) {
-        with_constant<kTileVecs>(vecs, [&](auto v) {
-          update_tile<r.value, v.value, kPairs>(a.at(i, first), b + first * ld + c, ld, steps,
-                                                sums + i * ld + c, ld, nullptr);
-        });
-      });
-    }
-  }
-}
-
-// A block of rows of k or v as the A operand against packed queries.
-template <class T, bool kPairs>
-LLMOPS_INLINE Cells key_cells(const T* rows, int64_t stride, int keys, int64_t dim, float* copy) {
-  if constexpr (kPairs) {
-#ifdef LLMOPS_HAS_DOT_PAIRS
-    if (dim % 2) {
-      copy_rows(rows, stride, keys, dim, reinterpret_cast<bf16*>(copy), padded(dim));
-      return cells(copy, padded(dim) * 2, 4);
-    }
-#endif
-    return cells(rows, stride * 2, 4);
-  } else if constexpr (sizeof(T) == 2) {
-    widen_rows(rows, stride, keys, dim, copy, padded(dim));
-    return cells(copy, padded(dim) * 4, 4);
-  } else {
-    return cells(rows, stride * 4, 4);
-  }
-}
-
 template <bool kPairs, bool kNatural>
 LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, Vec factor) {
   grad_lanes<kNatural, true>(
