@@ -63,7 +63,8 @@ def attention(
             kernels (one that asks for it goes to the reference).
         softcap: c > 0, in the unit of the scaled scores; None for no cap.
         sinks: [Hq], floating point, used in fp32, differentiable: a logit per head that takes
-            weight and has no value, as one more key with v = 0.
+            weight and has no value, as one more key with v = 0. Finite, or -inf for none: +inf is
+            NaN, out and lse (the reference's lse is inf).
         dropout_p: in [0, 1]: each weight is dropped with this probability and the rest multiplied
             by 1 / (1 - p); the backward drops the same ones, and lse is that of all. In a module
             pass `dropout_p if self.training else 0.0`.
