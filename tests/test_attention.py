@@ -250,6 +250,13 @@ def test_attention_rejects_bad_input() -> None:
         attention(q, k, v, mask=torch.ones(5, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask must be a bool"):
         attention(q, k, v, mask=torch.ones(5, 7, dtype=torch.int32))
+    for wrong in (True, False, "0.5", [0.5]):
+        for more in ({}, {"softcap": 1.0}, {"backend": "reference"}):  # and the shortcut
+            with pytest.raises(TypeError, match=r"scale must be a number, or None.*; pass what"):
+                attention(q, k, v, scale=wrong, **more)
+    for wrong in ((True, False), [3, True]):
+        with pytest.raises(TypeError, match=r"window must be \(left, right\), two ints.*True"):
+            attention(q, k, v, window=wrong)
     with pytest.raises(NotImplementedError, match='backend "cuda" cannot serve'):
         attention(q, k, v, backend="cuda")
     with pytest.raises(NotImplementedError, match=r"float64.*Use backend="):
