@@ -205,6 +205,28 @@ def test_attention_autocast_of_mixed_dtypes() -> None:
     assert isinstance(want, Tensor) and torch.equal(out, want)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kv_heads", [0, 1, 2])
+def test_attention_of_no_query_heads(backend: str, kv_heads: int) -> None:
+    """No multiple of Hkv but the empty one: nothing out, and zeros for the keys' gradients."""
+    q = torch.randn(2, 0, 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 7, d, requires_grad=True) for d in (8, 6))
+    mask, empty = torch.randn(2, 1, 5, 7, requires_grad=True), torch.randn(0, requires_grad=True)
+    for more in ({}, {"mask": mask, "sinks": empty, "dropout_p": 0.1, "softcap": 2.0}):
+        how: dict[str, Any] = {"causal": True, "return_lse": True, "backend": backend, **more}
+        out, lse = llmops.attention(q, k, v, **how)
+        assert out.shape == (2, 0, 5, 6) and lse.shape == (2, 0, 5) and lse.dtype == torch.float32
+        leaves = (q, k, v, *((mask, empty) if more else ()))
+        for grad, x in zip(torch.autograd.grad(out.sum() + lse.sum(), leaves), leaves, strict=True):
+            assert grad.shape == x.shape and not bool(grad.any())
+    # The backward by formula, of the operator that a compiled graph holds.
+    grads = reference.attention_bwd(
+        out, lse, q, k, v, mask, out, lse, True, 0.3, True, sinks=empty, softcap=2.0
+    )
+    for found, x in zip(grads, (q, k, v, mask, empty), strict=True):
+        assert found is not None and found.shape == x.shape and not bool(found.any())
+
+
 def test_attention_rejects_bad_input() -> None:
     q, k, v = _qkv(2, 4, 2, 5, 7, 8)
     attention: Any = llmops.attention
@@ -228,6 +250,13 @@ def test_attention_rejects_bad_input() -> None:
         attention(q, k, v, mask=torch.ones(5, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask must be a bool"):
         attention(q, k, v, mask=torch.ones(5, 7, dtype=torch.int32))
+    for wrong in (True, False, "0.5", [0.5]):
+        for more in ({}, {"softcap": 1.0}, {"backend": "reference"}):  # and the shortcut
+            with pytest.raises(TypeError, match=r"scale must be a number, or None.*; pass what"):
+                attention(q, k, v, scale=wrong, **more)
+    for wrong in ((True, False), [3, True]):
+        with pytest.raises(TypeError, match=r"window must be \(left, right\), two ints.*True"):
+            attention(q, k, v, window=wrong)
     with pytest.raises(NotImplementedError, match='backend "cuda" cannot serve'):
         attention(q, k, v, backend="cuda")
     with pytest.raises(NotImplementedError, match=r"float64.*Use backend="):

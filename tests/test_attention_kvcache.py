@@ -185,6 +185,8 @@ def test_attention_kvcache_rejects_bad_input(backend: str | None) -> None:
     def call(*arguments: Any, **kwargs: Any) -> Any:
         return llmops.attention_kvcache(*arguments, backend=backend, **kwargs)
 
+    with pytest.raises(TypeError, match="attention_kvcache: scale must be a number"):
+        call(q, k, k, lengths, scale=True)
     with pytest.raises(ValueError, match="cache_seqlens holds 21 for sequence 1, expected 0 to 20"):
         call(q, k, k, lengths + 1)
     with pytest.raises(ValueError, match="cache_seqlens holds -1 for sequence 0"):

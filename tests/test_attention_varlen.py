@@ -116,6 +116,8 @@ def test_attention_varlen_rejects_bad_input(backend: str) -> None:
     def call(*arguments: Any, **kwargs: Any) -> Any:
         return llmops.attention_varlen(*arguments, backend=backend, **kwargs)
 
+    with pytest.raises(TypeError, match="attention_varlen: scale must be a number"):
+        call(q, k, k, *good, scale=True)
     for bounds, what in (
         (torch.tensor([0, 5, 4, 9]), "cu_seqlens_q must not decrease; got 5, 4 at index 1"),
         (torch.tensor([0, 4, 8, 8]), r"cu_seqlens_q must run from 0 to 9.* got 0 to 8"),

@@ -210,6 +210,29 @@ def test_linear_cross_entropy_ignored_rows_are_not_read() -> None:
     torch.testing.assert_close(got[2], want[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_cross_entropy_weights_that_add_up_to_zero(dtype: torch.dtype) -> None:
+    """The mean is 0 / 0: NaN in the rows that count, as torch has it, and nothing in the others,
+    to which an infinite gradient of the loss gives nothing either."""
+    torch.manual_seed(0)
+    tensors = {"input": torch.randn(6, 8).to(dtype), "linear_weight": torch.randn(5, 8).to(dtype)}
+    ids = torch.tensor([1, -100, 0, 4, -100, 2])
+    for how in ({"weight": torch.zeros(5)}, {"reduction": "sum"}):
+
+        def loss(backend: str, how: dict[str, Any] = how) -> list[torch.Tensor]:
+            def times(**leaves: torch.Tensor) -> torch.Tensor:
+                loss = llmops.linear_cross_entropy(**leaves, target=ids, **how, backend=backend)
+                return loss if "weight" in how else loss * math.inf
+
+            return _gradients(times, tensors)
+
+        got, want = loss("cpu"), loss("reference")
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.isfinite(), b.isfinite())
+        assert bool((got[1][ids == -100] == 0).all())
+        assert not bool(got[1][ids != -100].isfinite().any())
+
+
 def test_linear_cross_entropy_fp16_with_a_loss_scale() -> None:
     """The mean over many rows must not underflow before the scale comes in."""
     torch.manual_seed(0)

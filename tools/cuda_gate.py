@@ -2,12 +2,13 @@
 memory of every kernel on every architecture, out of the library, against benchmarks/aot/cuda.json.
 
     python tools/cuda_gate.py LIBRARY            fails where a rule or the table is not held
-    python tools/cuda_gate.py LIBRARY --write    renews the table, if the rules hold
+    python tools/cuda_gate.py LIBRARY --write    renews the table, if the rules hold, of the
+                                                 architectures that the library has
 
 Rules: no stack, which is where spilled registers are; static shared memory within 48 KiB; matrix
 products on tensor cores in every kernel of TENSOR; against the table: no kernel more or less, no
-shared memory more, at most SLACK registers more, and not less than half of those products.
-LLMOPS_CUDA_ARCHS narrows the library, and then what is compared.
+shared memory more, at most SLACK registers more, and not less than half of those products where
+the table counts them. LLMOPS_CUDA_ARCHS narrows the library, and then what is compared or renewed.
 """
 
 from __future__ import annotations
@@ -92,25 +93,38 @@ def short(name: str) -> str:
     return re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
 
 
-def count_products(library: Path, table: Table, mangled: dict[str, str]) -> list[str]:
-    """Into the table, how many products each kernel of TENSOR has; which have none. Of one
-    architecture, the first: to disassemble takes ten seconds for each."""
-    wanted = [m for m, name in mangled.items() if name.split("<")[0] in TENSOR]
-    architecture = min(
-        {a for e in table.values() for a in e}, key=lambda a: int(a[3:].rstrip("af"))
-    )
-    code = subprocess.run(
-        [tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(wanted), str(library)],
+def disassembled(library: Path, architecture: str, functions: list[str]) -> str:
+    return subprocess.run(
+        [tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(functions), library],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    parts = re.split(r"^\s*Function : (\S+)", code, flags=re.MULTILINE)[1:]
-    found = {m: len(PRODUCT.findall(c)) for m, c in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def count_products(library: Path, table: Table, mangled: dict[str, str]) -> list[str]:
+    """Into the table, how many products each kernel of TENSOR has on each architecture (to
+    disassemble one takes 20 s); which have none."""
+    wanted = [m for m, name in mangled.items() if name.split("<")[0] in TENSOR]
     broken: list[str] = []
-    for m in wanted:
-        table[mangled[m]][architecture]["products"] = found.get(m, 0)
-        if not found.get(m):
-            broken.append(f"{mangled[m]} on {architecture}: no {PRODUCT.pattern} in its code")
+    for architecture in sorted({a for m in wanted for a in table[mangled[m]]}):
+        here = [m for m in wanted if architecture in table[mangled[m]]]
+        code = disassembled(library, architecture, here)
+        parts = re.split(r"^\s*Function : (\S+)", code, flags=re.MULTILINE)[1:]
+        found = {m: len(PRODUCT.findall(c)) for m, c in zip(parts[::2], parts[1::2], strict=True)}
+        for m in here:
+            table[mangled[m]][architecture]["products"] = found.get(m, 0)
+            if not found.get(m):
+                broken.append(f"{mangled[m]} on {architecture}: no {PRODUCT.pattern} in its code")
     return broken
+
+
+def merged(table: Table, known: Table) -> Table:
+    """`table`, with what is known of its kernels on the architectures that it does not have."""
+    here = {architecture for entries in table.values() for architecture in entries}
+    result: Table = {}
+    for name in sorted(table):
+        others = {a: e for a, e in known.get(name, {}).items() if a not in here}
+        result[name] = dict(sorted((others | table[name]).items()))
+    return result
 
 
 def compare(table: Table, known: Table) -> list[str]:
@@ -136,12 +150,12 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     table, broken = usage(given.library)
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     if given.write and not broken:
-        ordered = {name: dict(sorted(table[name].items())) for name in sorted(table)}
-        lines = [f"  {json.dumps(n)}: {json.dumps(e)}" for n, e in ordered.items()]
+        lines = [f"  {json.dumps(n)}: {json.dumps(e)}" for n, e in merged(table, known).items()]
         TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     if not given.write:
-        broken += compare(table, json.loads(TABLE.read_text()) if TABLE.exists() else {})
+        broken += compare(table, known)
     for line in broken:
         print(line)
     entries = sum(map(len, table.values()))

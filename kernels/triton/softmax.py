@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import architecture, cdiv, launch
+from llmops.kernels.triton._launch import all_registers, architecture, cdiv, launch
 from llmops.kernels.triton._rows import begin_of
 from torch import Tensor
 
@@ -182,7 +182,9 @@ def softmax(
     arguments = (source, y, mask, rows, n, source.stride(0), scale, queries, *where, last)
     if "ROWS" in config:
         grid = (cdiv(rows, config["ROWS"]),)
-        launch(softmax_fwd_kernel, grid, *arguments, MASK=kind, CAUSAL=causal, **config)
+        # Told none, ptxas spills where rows share a bool mask.
+        bound = all_registers(config["num_warps"]) if kind == BOOL_MASK else {}
+        launch(softmax_fwd_kernel, grid, *arguments, MASK=kind, CAUSAL=causal, **config, **bound)
     else:
         launch(softmax_fwd_long_kernel, (rows,), *arguments, MASK=kind, CAUSAL=causal, **config)
     return y

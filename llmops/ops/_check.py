@@ -29,6 +29,16 @@ def floating(op: str, argument: str, x: Tensor) -> None:
         )
 
 
+def scale(op: str, x: Any) -> None:
+    """A number of any kind, a Tensor of one too; a bool would be taken for 0 or 1."""
+    number = isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(x, "__float__")
+    if isinstance(x, bool) or not number:
+        raise TypeError(
+            f"llmops.{op}: scale must be a number, or None for 1/sqrt(D); got {type(x).__name__} "
+            f"{x!r}; pass what multiplies the scores, e.g. scale=0.125"
+        )
+
+
 def same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if other.device != x.device:
         raise ValueError(

@@ -63,7 +63,8 @@ def attention(
             kernels (one that asks for it goes to the reference).
         softcap: c > 0, in the unit of the scaled scores; None for no cap.
         sinks: [Hq], floating point, used in fp32, differentiable: a logit per head that takes
-            weight and has no value, as one more key with v = 0.
+            weight and has no value, as one more key with v = 0. Finite, or -inf for none: +inf is
+            NaN, out and lse (the reference's lse is inf).
         dropout_p: in [0, 1]: each weight is dropped with this probability and the rest multiplied
             by 1 / (1 - p); the backward drops the same ones, and lse is that of all. In a module
             pass `dropout_p if self.training else 0.0`.
@@ -99,6 +100,8 @@ def attention(
         or sinks is not None
         or dropout_p != 0.0
     )
+    if scale is not None:
+        _check.scale("attention", scale)
     if backend is None and mask is None and not modified and not is_tracing():
         raw = _attention_raw(q, k, v)
         if raw is not None:
@@ -180,12 +183,10 @@ def checked_modifiers(
     heads = q.shape[1]
     left = right = -1
     if window is not None:
-        if (
-            not isinstance(window, (tuple, list))
-            or len(window) != 2
-            or not all(isinstance(n, int) and n >= -1 for n in window)
-        ):
-            raise ValueError(
+        pair = window if isinstance(window, (tuple, list)) else ()
+        flags = any(isinstance(n, bool) for n in pair)
+        if flags or len(pair) != 2 or not all(isinstance(n, int) and n >= -1 for n in pair):
+            raise (TypeError if flags else ValueError)(
                 f"llmops.{op}: window must be (left, right), two ints >= -1 (-1: no bound); "
                 f"got {window!r}; a sliding window of W keys is causal=True, window=(W - 1, 0)"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _autocast, _sequences
+from llmops.ops import _autocast, _check, _sequences
 from llmops.ops._op import Op, is_tracing, shortcut
 from llmops.ops.attention import PLAIN, _heads_like, _laid_out, checked_modifiers
 
@@ -83,6 +83,8 @@ def attention_kvcache(
     """
     plain = window is None and alibi_slopes is None and softcap is None and sinks is None
     raw = None
+    if scale is not None:
+        _check.scale(_OP, scale)
     if plain and backend is None and not is_tracing():
         raw = _raw(q, k_cache, v_cache, cache_seqlens)
     if raw is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmops import reference
 from llmops.backends import get
 from llmops.dispatch import resolve
-from llmops.ops import _autocast, _sequences
+from llmops.ops import _autocast, _check, _sequences
 from llmops.ops._op import Op, is_tracing, shortcut
 from llmops.ops.attention import MODIFIERS, Modifiers, checked_modifiers
 
@@ -82,6 +82,8 @@ def attention_varlen(
         or sinks is not None
         or dropout_p != 0.0
     )
+    if scale is not None:
+        _check.scale(_OP, scale)
     if backend is None and not modified and not is_tracing():
         raw = _attention_varlen_raw(q, k, v)
         if raw is not None:

@@ -384,6 +384,9 @@ def _forward_bwd(
             else _empty(input)
             for g, x, want in pairs
         )
+        if want_input:
+            # 0 without a loss: where the weights that count add up to 0 or grad is inf, too.
+            dx.masked_fill_((target == ignore_index)[:, None], 0.0)
         if kept:
             dw = get(backend).linear_cross_entropy_weight_gradient(
                 dweight, input, target, ignore_index, factor, len(linear_weight)

@@ -91,6 +91,12 @@ def _attention_scores(
     return scores, slope
 
 
+def _of_query_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, Hkv, Tk, D] with a head for each of the queries': of none, none."""
+    group = heads // max(x.shape[1], 1)
+    return x[:, :0] if group == 0 else x if group == 1 else x.repeat_interleave(group, 1)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -109,10 +115,8 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Materializes the [B, H, Tq, Tk] scores, which is what a kernel must not do."""
-    group, keys = q.shape[1] // max(k.shape[1], 1), k.shape[2]
-    wq, wk, wv = _wide(q), _wide(k), _wide(v)
-    if group > 1:
-        wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
+    heads, keys = q.shape[1], k.shape[2]
+    wq, wk, wv = _wide(q), *(_of_query_heads(_wide(x), heads) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores, _ = _attention_scores(wq, wk, causal, scale, mask, window, alibi_slopes, softcap)
     if sinks is not None:
@@ -158,10 +162,9 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv and (fp32) dmask in the mask's shape and dsinks from the forward's results:
     P = exp(s - lse), dS = P * (dropped dout . v - dout . out + dlse)."""
-    group = q.shape[1] // max(k.shape[1], 1)
-    wq, wk, wv, grad = _wide(q), _wide(k), _wide(v), _wide(grad_out)
-    if group > 1:
-        wk, wv = wk.repeat_interleave(group, 1), wv.repeat_interleave(group, 1)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    wq, grad = _wide(q), _wide(grad_out)
+    wk, wv = (_of_query_heads(_wide(x), heads) for x in (k, v))
     window = (window_left, window_right)
     scores, slope = _attention_scores(wq, wk, causal, scale, mask, window, alibi_slopes, softcap)
     empty = (lse == -math.inf)[..., None]
@@ -185,6 +188,6 @@ def attention_bwd(
         dscores = dscores * slope
     dq = (dscores @ wk * scale).to(q.dtype)
     dk, dv = dscores.transpose(-1, -2) @ wq * scale, dropped.transpose(-1, -2) @ grad
-    if group > 1:
-        dk, dv = (t.unflatten(1, (k.shape[1], group)).sum(2) for t in (dk, dv))
+    if heads != kv_heads:
+        dk, dv = (t.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for t in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dmask, dsinks

@@ -18,3 +18,5 @@ def calls(make: Any, call: Any) -> None:
         call(f"n={n} causal", "softmax", x, 0.125, None, True)
         call(f"n={n} mask", "softmax", x, 0.125, keep)
         call(f"n={n} causal bias", "softmax", x, 0.125, bias, True)
+    for n in (3001, 8193):  # one mask for all rows, elements one by one
+        call(f"n={n} mask", "softmax", make(4096, n), 1.0, make(n, dtype=torch.bool))
