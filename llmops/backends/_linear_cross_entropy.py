@@ -65,9 +65,8 @@ def keeps_logits(rows: int, width: int, classes: int, itemsize: int = 4) -> bool
     In fp32, by class, where rows are so few that it is the smaller of the two, and one chunk as any
     other call has; scaling it is free. 32 rows of 2304 and 256000 classes: a copy of the 2.4 GB of
     linear_weight's gradient for an incoming gradient that is not 1 would take as long as all else.
-    In 16 bits, where it is the smaller of the two, that is linear_weight's in fp32. Adding chunks of
-    it up took as long as the products of AMX: 512 rows of 768 and 50257 classes 0.55 s, now 0.27
-    (PyTorch 0.32).
+    In 16 bits, where it is smaller than linear_weight's in fp32. Adding chunks of that up took as
+    long as the products of AMX: 512 rows of 768 and 50257 classes 0.55 s, now 0.27 (PyTorch 0.32).
     """
     if classes <= CLASSES or rows <= 0:
         return False
