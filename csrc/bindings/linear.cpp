@@ -47,9 +47,9 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   p.y = y.data_ptr();
   p.y_stride = n;
 
-  // A product of bf16 pairs does twice the flops of the fp32 ones that matmul makes of them.
-  const bool pairs = p.type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16;
-  if (p.rows >= kManyRows && !pairs) {
+  // bf16 in pairs, or by tiles, has at least twice the flops of the fp32 that matmul makes of it.
+  const bool narrow = p.type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16;
+  if (p.rows >= kManyRows && !narrow) {
     const cpu::MatmulOperand a{x.data_ptr(), x_step, 1}, b{p.w, p.w_stride, 1};
     matmul({p.type, p.rows, n, k, a, b, p.bias, p.y, p.y_stride});
     return y;

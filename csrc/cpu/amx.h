@@ -5,10 +5,15 @@
 
 #if defined(__AMX_BF16__) && defined(LLMOPS_HAS_DOT_PAIRS)
 #define LLMOPS_HAS_TILES 1
+#endif
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
+#ifndef LLMOPS_HAS_TILES
+constexpr bool kHasTiles = false;
+#else
+constexpr bool kHasTiles = true;
 constexpr int kSide = 16;   // rows of a tile, and its fp32 columns
 constexpr int kDepth = 32;  // bf16 values that a step multiplies
 
@@ -16,7 +21,7 @@ constexpr int kDepth = 32;  // bf16 values that a step multiplies
 LLMOPS_INLINE void memory_is_used(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 // All eight registers as whole tiles; until end_tiles, in this thread.
-LLMOPS_NOINLINE void begin_tiles() {
+[[maybe_unused]] LLMOPS_NOINLINE void begin_tiles() {
   struct {
     uint8_t palette, start, zeros[14];
     uint16_t bytes[16];
@@ -28,8 +33,8 @@ LLMOPS_NOINLINE void begin_tiles() {
   _tile_loadconfig(&config);
 }
 // Tile state that is not released makes every switch of threads slower.
-LLMOPS_NOINLINE void end_tiles() { _tile_release(); }
+[[maybe_unused]] LLMOPS_NOINLINE void end_tiles() { _tile_release(); }
+#endif
 
 }  // namespace
 }  // namespace llmops::cpu::LLMOPS_ISA
-#endif

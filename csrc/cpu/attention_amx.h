@@ -4,7 +4,6 @@
 // of queries in pairs. A are K's and V's rows as they lie, V and K transposed, and P and dS by key.
 // Tiles are 16 by 16, two by two of them at a time, so that each that is loaded is used twice.
 #pragma once
-#include "amx.h"
 #include "attention_tile.h"
 
 #ifdef LLMOPS_HAS_TILES

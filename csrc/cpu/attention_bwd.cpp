@@ -1,11 +1,11 @@
 // Attention backward: one task is one (batch, kv head), or one part of its query blocks, so that dk
 // and dv are summed by one thread in a fixed order. Formula: attention.h
 //
-// For each block of 64 queries and each block of 48 keys: S^T = K Q^T and dP^T = V dO^T with
-// queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T += K^T dS^T with queries
-// in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into fp32 sums over all
-// keys; bf16 by tiles (AMX), in pairs or widened, as forward. 10 * Tq * Tk * D flops per head. What
-// the causal limit hides is skipped as in the forward.
+// For each block of 64 queries and each block of 48 keys (32 by tiles): S^T = K Q^T and dP^T = V
+// dO^T with queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T += K^T dS^T
+// with queries in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into fp32 sums
+// over all keys; bf16 by tiles (AMX), in pairs or widened, as forward. 10 * Tq * Tk * D flops per
+// head. What the causal limit hides is skipped as in the forward.
 #include "attention.h"
 
 #include "attention_amx.h"

@@ -19,6 +19,7 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
+
 struct Scratch {
   float* q;                    // [padded D][64], or pairs [padded D / 2][64]
   float* s;                    // [kKeys][64]: scores, then probabilities

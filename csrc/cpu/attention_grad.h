@@ -143,17 +143,18 @@ LLMOPS_OUTLINE void add_to_keys(Cells a, const float* b, int64_t ld, const Query
 // A block of rows of k or v as the A operand against packed queries.
 template <class T, bool kPairs>
 LLMOPS_INLINE Cells key_cells(const T* rows, int64_t stride, int keys, int64_t dim, float* copy) {
+  [[maybe_unused]] const int64_t width = round_up(dim, 2 * W);
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     if (dim % 2) {
-      copy_rows(rows, stride, keys, dim, reinterpret_cast<bf16*>(copy), round_up(dim, 2 * W));
-      return cells(copy, round_up(dim, 2 * W) * 2, 4);
+      copy_rows(rows, stride, keys, dim, reinterpret_cast<bf16*>(copy), width);
+      return cells(copy, width * 2, 4);
     }
 #endif
     return cells(rows, stride * 2, 4);
   } else if constexpr (sizeof(T) == 2) {
-    widen_rows(rows, stride, keys, dim, copy, round_up(dim, 2 * W));
-    return cells(copy, round_up(dim, 2 * W) * 4, 4);
+    widen_rows(rows, stride, keys, dim, copy, width);
+    return cells(copy, width * 4, 4);
   } else {
     return cells(rows, stride * 4, 4);
   }

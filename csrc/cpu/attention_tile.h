@@ -7,6 +7,7 @@
 // are then read row by row where they lie, and nothing but Q is ever transposed.
 // With kPairs a 32-bit cell of A and B is two bf16 and a step is one vdpbf16ps.
 #pragma once
+#include "amx.h"
 #include "attention.h"
 #include "simd.h"
 
@@ -21,12 +22,6 @@ constexpr int kTileVecs = W == 8 ? 2 : 4;
 constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
-#endif
-
-#if defined(__AMX_BF16__) && defined(LLMOPS_HAS_DOT_PAIRS)
-constexpr bool kHasTiles = true;
-#else
-constexpr bool kHasTiles = false;
 #endif
 
 // How products are computed: of bf16 there are three ways.

@@ -8,7 +8,8 @@ namespace llmops::cpu::LLMOPS_ISA {
 // acc[r * K + t] = lanes of q[r] . w[t]; a product is the sum of its lanes (reduce_each).
 // w: K pointers to `dim` elements. q: R rows of floats, or of bf16 where kPairs (vdpbf16ps),
 // ldq floats apart and padded with zeros to whole vectors. kAhead: bytes from here on that are
-// fetched past the second-level cache, where w is read once and other things live; 0 fetches none.
+// fetched into all caches; 0 fetches none. Past the second level is four times slower on Intel
+// (benchmarks/NOTES.md).
 template <class T, bool kPairs, int R, int K = W / R, int kAhead = 0>
 LLMOPS_INLINE void dot_tile(const T* const* w, int64_t dim, const float* q, int64_t ldq, Vec* acc) {
   LLMOPS_UNROLL for (int i = 0; i < R * K; ++i) acc[i] = zero();

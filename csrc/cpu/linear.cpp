@@ -7,7 +7,7 @@
 // The W rows come from eight runs through memory far apart: a processor fetches ahead within a page
 // only, and eight pages at a time go 1.5 times as fast as one. The W sums of a block are formed by
 // one reduction, the bias is added in fp32, and each result is rounded once. Many rows of x go
-// through in panels that stay in L2, which reads W once per panel.
+// through in panels that stay in L2, which reads W once per panel. bf16 by AMX: linear_amx.h
 #include "linear.h"
 
 #include "dot_tile.h"
@@ -33,17 +33,6 @@ struct Pairs<bf16> {
   static constexpr bool value = true;
 };
 #endif
-
-#ifdef LLMOPS_HAS_TILES
-constexpr int64_t kTiledRows = 3;  // from here on one pass of tiles is ahead of the pairs'
-#endif
-LLMOPS_INLINE bool takes_tiles([[maybe_unused]] DType type, [[maybe_unused]] int64_t rows) {
-#ifdef LLMOPS_HAS_TILES
-  return type == DType::bf16 && rows >= kTiledRows && active_isa() == Isa::amx;
-#else
-  return false;
-#endif
-}
 
 // Floats of one packed row: whole vectors, of 2 * W elements where they are pairs.
 template <class T>

@@ -14,6 +14,11 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int64_t kTileFloats = kSide * kSide;
+constexpr int64_t kTiledRows = 3;  // from here on one pass of tiles is ahead of the pairs'
+
+LLMOPS_INLINE bool takes_tiles(DType type, int64_t rows) {
+  return type == DType::bf16 && rows >= kTiledRows && active_isa() == Isa::amx;
+}
 
 LLMOPS_INLINE int64_t tile_steps(int64_t k) { return (k + kDepth - 1) / kDepth; }
 LLMOPS_INLINE int64_t tile_panels(int64_t rows) { return (rows + kSide - 1) / kSide; }

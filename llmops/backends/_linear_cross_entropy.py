@@ -253,13 +253,16 @@ def weight_gradient(
     kept: Tensor, input: Tensor, target: Tensor, ignore_index: int, factor: Tensor, classes: int
 ) -> Tensor:
     """factor times linear_weight's gradient [V, D], of the logits' [N * V] that a call kept: by
-    class in fp32, in rows in 16 bits."""
+    class in fp32, in rows in 16 bits. The factor goes to x, which is the smaller: of [128256, 2048]
+    it took 0.24 s of 0.87. But fp16's x might underflow."""
     x = input[target != ignore_index]
+    half = input.dtype == torch.float16
+    if not half:
+        x = x * factor
     if input.dtype != torch.float32:
         grads = kept[: len(x) * classes].view(len(x), classes)
         dweight = torch.mm(grads.t(), x, out=x.new_empty(classes, x.shape[1]))
-        return dweight if float(factor) == 1.0 else dweight.mul_(factor)
-    x = x * factor
+        return dweight.mul_(factor) if half else dweight
     dweight = x.new_empty(classes, x.shape[1]) if len(x) else x.new_zeros(classes, x.shape[1])
     for here, logits in _runs(kept, len(x), classes) if len(x) else ():
         torch.mm(logits.t(), x, out=dweight[here])

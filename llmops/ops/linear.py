@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -53,9 +54,8 @@ def linear(
     Under autocast computed in autocast's dtype, as F.linear is.
     """
     if backend is None and not is_tracing() and _is_usual(x, weight, bias):
-        size, k = x.numel(), weight.shape[1]
-        find = _raw[0 if size <= 8 * k else 1 if size <= 16 * k else 2 if size <= 128 * k else 3]
-        raw = find(x, weight, bias)
+        rows = x.numel() / max(weight.shape[1], 1)
+        raw = _raw[bisect_left(ROWS, rows)](x, weight, bias)
         if raw is not None:
             try:
                 y: Tensor = raw(x, weight) if bias is None else raw(x, weight, bias)
