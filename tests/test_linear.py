@@ -63,6 +63,7 @@ def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None
         (97, 300, 33),
         (130, 513, 1030),
         (300, 70, 3),
+        (40, 1700, 70),
     ]
     for m, k, n in shapes:
         for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(2 * m, 2 * k)[::2, ::2]):
@@ -82,6 +83,90 @@ def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None
     for bad in (torch.ones(3, 4), torch.ones(2, 4, dtype=torch.float64), torch.ones(2)):
         with pytest.raises(RuntimeError, match="of one dtype"):
             matmul(x, bad)
+
+
+@TARGETS
+def test_linear_matmul_into(target: Target) -> None:
+    """In place of what is there and in addition to it, and nothing beside it."""
+    into = torch.ops.llmops_cpu.matmul_into
+    for m, k, n in ((3, 5, 7), (70, 900, 65), (300, 40, 33)):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        rows = torch.full((m, n + 5), 7.0)
+        y = rows[:, 2 : n + 2]
+        want = a.double() @ b.double()
+        with target.active():
+            into(a, b, y)
+            assert (y - want).abs().max() < 1e-3
+            into(a, b, y, True)
+        assert (y - 2 * want).abs().max() < 2e-3
+        assert (rows[:, :2] == 7).all() and (rows[:, n + 2 :] == 7).all()
+    half = torch.ones(2, 2).half()
+    for arguments, match in (
+        ((a, b, y[:1]), "y must be"),
+        ((a, b, y.double()), "y must be"),
+        ((torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 4)[:, ::2]), "with dense rows"),
+        ((half, half, half, True), "must be fp32"),
+        ((a, a, y), "of one dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            into(*arguments)
+
+
+@TARGETS
+def test_linear_matmul_of_extreme_values(target: Target) -> None:
+    """What fp32 makes of infinities, NaN, zeros, huge and tiny values, but for parts below 2^-126
+    where it is made of bf16."""
+    inf, nan = float("inf"), float("nan")
+    # 3 is one bf16, 1/3 is not: its parts are not zero.
+    values = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1.0, -3.0, 1 / 3, 3e38, -2e38, 1e-30, 1e-36])
+    a = torch.where(torch.arange(40) == 7, values[:, None], torch.zeros(()))
+    b = torch.ones(40, len(values))
+    b[7] = values
+    want = values[:, None] * values
+    size = values[:, None].abs() + values.abs()
+    bound = 2.0**-22 * want.abs() + 2.0**-123 * size.clamp(max=3.4e38)
+    # A signalling NaN, whose payload is in the lower half.
+    signal = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32)
+    with target.active():
+        for x, w in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
+            got = torch.ops.llmops_cpu.matmul(x, w)
+            finite = want.isfinite()
+            assert torch.equal(got[~finite].nan_to_num(7.0), want[~finite].nan_to_num(7.0))
+            assert ((got - want).abs() <= bound)[finite].all()
+            assert (got[3:5, 3:] == 0).all()
+        assert torch.ops.llmops_cpu.matmul(signal[None], torch.ones(1, 2)).isnan().all()
+        zeros = torch.ops.llmops_cpu.matmul(torch.zeros(3, 50), torch.randn(50, 4))
+    assert torch.equal(zeros, torch.zeros(3, 4))
+
+
+@TARGETS
+@pytest.mark.usefixtures("fresh_decisions")
+def test_linear_of_many_rows_and_its_gradients(target: Target) -> None:
+    """As exact as torch's product in fp32, by whichever product the table names, and for weights
+    that lie transposed, whose gradient lies as they do."""
+    for turned in (False, True):
+        weight = torch.randn(70, 130).t() if turned else torch.randn(130, 70)
+        x, bias, grad = torch.randn(2, 150, 70), torch.randn(130), torch.randn(2, 150, 130)
+        leaves = [t.requires_grad_() for t in (x, weight, bias)]
+        assert target.isa is not None
+        own = torch.float32 in cpu.LINEAR_MANY.get(target.isa, ())
+        with target.active():
+            found = llmops.explain("linear", *leaves)
+            assert (found.backend == "cpu") == own
+            y = llmops.linear(*leaves)
+            got = (y, *torch.autograd.grad(y, leaves, grad, retain_graph=True))
+            twice = torch.autograd.grad(y, leaves, grad, create_graph=True)
+        y = F.linear(*leaves)
+        theirs = (y, *torch.autograd.grad(y, leaves, grad))
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        y = F.linear(*wide)
+        want = (y, *torch.autograd.grad(y, wide, grad.double()))
+        for ours, torchs, exact in zip(got, theirs, want, strict=True):
+            assert ours.stride() == torchs.stride()
+            error = (torchs - exact).abs().max()
+            assert (ours - exact).abs().max() < 2 * error + 2.0**-20
+        assert twice[0].grad_fn is not None
+        torch.testing.assert_close(twice[1], got[2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

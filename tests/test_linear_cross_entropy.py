@@ -117,18 +117,18 @@ def test_linear_cross_entropy_peak_memory(reduction: str) -> None:
     with torch.no_grad():  # whatever a first call loads
         llmops.linear_cross_entropy(x[:8], w, ids[:8])
     gradients = 3 * w.numel() * 4  # as a sum, scaled, and a product's buffer
-    assert peak_bytes(run) < _linear_cross_entropy.CHUNK_BYTES + gradients + (16 << 20)
+    assert peak_bytes(run) < 4 * _linear_cross_entropy.CHUNK + gradients + (16 << 20)
 
 
 def test_linear_cross_entropy_chunks() -> None:
     chunk_rows = _linear_cross_entropy.chunk_rows
     for rows in (0, 1, 256, 257, 1000, 100_000):
         for classes in (1, 50257, 10**9):
-            step = chunk_rows(rows, classes, 4)
+            step = chunk_rows(rows, classes)
             assert 0 <= step <= rows and (rows == 0 or step > 0)
             assert step <= 256 or step <= -(-rows // 2)
-            assert step <= 16 or step * classes * 4 <= _linear_cross_entropy.CHUNK_BYTES
-    assert chunk_rows(512, 50257, 4) == 256 and chunk_rows(16384, 50257, 2) == 656
+            assert step <= 16 or step * classes <= _linear_cross_entropy.CHUNK
+    assert chunk_rows(512, 50257) == 256 and chunk_rows(16384, 50257) == 656
 
 
 def test_linear_cross_entropy_computes_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   p.type = kernel_dtype(x_in.scalar_type(), kName);
   p.k = k;
   Tensor x = last_dim_dense(x_in);
-  const Tensor w = last_dim_dense(w_in);
   std::optional<Tensor> bias;
   if (bias_in.has_value()) {
     LLMOPS_CHECK(
@@ -42,15 +41,17 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   if (!given.uniform()) x = torch::stable::contiguous(x);
   const int64_t x_step = given.uniform() ? given.step(0) : k;
   p.rows = given.rows();
-  p.w = w.data_ptr();
-  p.w_stride = w.stride(0);
   p.y = y.data_ptr();
   p.y_stride = n;
 
   // bf16 in pairs, or by tiles, has at least twice the flops of the fp32 that matmul makes of it.
   const bool narrow = p.type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16;
-  if (p.rows >= kManyRows && !narrow) {
-    const cpu::MatmulOperand a{x.data_ptr(), x_step, 1}, b{p.w, p.w_stride, 1};
+  const bool many = p.rows >= kManyRows && !narrow;
+  const Tensor w = many && w_in.stride(0) == 1 ? w_in : last_dim_dense(w_in);
+  p.w = w.data_ptr();
+  p.w_stride = w.stride(0);
+  if (many) {
+    const cpu::MatmulOperand a{x.data_ptr(), x_step, 1}, b{p.w, w.stride(0), w.stride(1)};
     matmul({p.type, p.rows, n, k, a, b, p.bias, p.y, p.y_stride});
     return y;
   }

@@ -8,6 +8,9 @@ namespace llmops {
 namespace {
 
 constexpr const char* kName = "llmops.matmul";
+constexpr int64_t kTasks = 4;  // per thread
+// Results of tiles from here on go past the caches (benchmarks/NOTES.md).
+constexpr int64_t kPastBytes = 16 << 20;
 
 // Dense in one dimension; `outer` is the other one than k.
 Tensor operand(const Tensor& t, int64_t outer, cpu::MatmulOperand& out) {
@@ -17,45 +20,83 @@ Tensor operand(const Tensor& t, int64_t outer, cpu::MatmulOperand& out) {
   return dense;
 }
 
-Tensor matmul_cpu(const Tensor& a_in, const Tensor& b_in) {
-  LLMOPS_CHECK(a_in.dim() == 2 && b_in.dim() == 2 && a_in.size(1) == b_in.size(0) &&
-                   a_in.scalar_type() == b_in.scalar_type(),
-               kName, ": a must be [M, K] and b [K, N], of one dtype");
+void check(const Tensor& a, const Tensor& b) {
+  LLMOPS_CHECK(
+      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.scalar_type() == b.scalar_type(),
+      kName, ": a must be [M, K] and b [K, N], of one dtype");
+}
+
+void multiply(const Tensor& a_in, const Tensor& b_in, const Tensor& y, bool add) {
   cpu::MatmulParams p{};
   p.type = kernel_dtype(a_in.scalar_type(), kName);
   p.m = a_in.size(0), p.n = b_in.size(1), p.k = a_in.size(1);
   const Tensor a = operand(a_in, 0, p.a), b = operand(b_in, 1, p.b);
-  const Tensor y = new_output(a_in, {p.m, p.n});
   p.y = y.data_ptr();
-  p.y_stride = p.n;
+  p.y_stride = y.stride(0);
+  p.add = add;
   matmul(p);
+}
+
+Tensor matmul_cpu(const Tensor& a, const Tensor& b) {
+  check(a, b);
+  const Tensor y = new_output(a, {a.size(0), b.size(1)});
+  multiply(a, b, y, false);
   return y;
+}
+
+void matmul_into_cpu(const Tensor& a, const Tensor& b, Tensor y, bool add) {
+  check(a, b);
+  LLMOPS_CHECK(y.dim() == 2 && y.size(0) == a.size(0) && y.size(1) == b.size(1) &&
+                   y.scalar_type() == a.scalar_type() && (y.stride(1) == 1 || y.size(1) <= 1),
+               kName, ": y must be [M, N], of a's dtype, with dense rows");
+  LLMOPS_CHECK(!add || kernel_dtype(y.scalar_type(), kName) == cpu::DType::f32, kName,
+               ": what is added to must be fp32");
+  multiply(a, b, y, add);
 }
 
 }  // namespace
 
-void matmul(const cpu::MatmulParams& p) {
+void matmul(cpu::MatmulParams p) {
   if (p.m == 0 || p.n == 0) return;
+  const bool worthwhile = p.m * p.n * p.k >= kSerialProducts;
+  p.past = p.m * p.n * static_cast<int64_t>(sizeof(float)) > kPastBytes &&
+           reinterpret_cast<uintptr_t>(p.y) % 64 == 0 && p.y_stride % 16 == 0;
   const cpu::MatmulPlan plan = LLMOPS_CPU_CALL(matmul_plan)(p);
   const auto pack = LLMOPS_CPU_CALL(matmul_pack);
   const auto block = LLMOPS_CPU_CALL(matmul_block);
-  const bool worthwhile = p.m * p.n * p.k >= kSerialProducts;
-  const std::unique_ptr<float[]> packed(
-      new float[plan.panel / plan.strip * plan.strip_floats + plan.strip]);
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const std::unique_ptr<float[]> panel(
+      new float[plan.panel / plan.strip * plan.strip_floats + plan.strip + kLine]);
+  float* const packed = panel.get() + (-reinterpret_cast<uintptr_t>(panel.get()) / 4 & (kLine - 1));
   for (int64_t column = 0; column < p.n; column += plan.panel) {
     const int64_t end = column + plan.panel < p.n ? column + plan.panel : p.n;
     const int64_t strips = (end - column + plan.strip - 1) / plan.strip;
     parallel_tasks(strips, worthwhile, [&](int64_t s) {
-      pack(p, column + s * plan.strip, packed.get() + s * plan.strip_floats);
+      pack(p, column + s * plan.strip, packed + s * plan.strip_floats);
     });
-    parallel_tasks((p.m + plan.block - 1) / plan.block, worthwhile, [&](int64_t i) {
+    // A few strips at a time where blocks of rows alone would leave threads idle.
+    const int64_t blocks = (p.m + plan.block - 1) / plan.block;
+    const int64_t wanted = threads > 1 ? (kTasks * threads + blocks - 1) / blocks : 1;
+    const int64_t each = (strips + wanted - 1) / wanted;
+    const int64_t pieces = (strips + each - 1) / each;
+    parallel_tasks(blocks * pieces, worthwhile, [&](int64_t i) {
       const Scratch scratch(plan.scratch_floats * static_cast<int64_t>(sizeof(float)));
-      block(p, column, end, packed.get(), i * plan.block, static_cast<float*>(scratch.data()));
+      const int64_t strip = i % pieces * each, from = column + strip * plan.strip;
+      const int64_t to = from + each * plan.strip < end ? from + each * plan.strip : end;
+      block(p, from, to, packed + strip * plan.strip_floats, i / pieces * plan.block,
+            static_cast<float*>(scratch.data()));
     });
   }
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { m.def("matmul(Tensor a, Tensor b) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) { m.impl("matmul", TORCH_BOX(&matmul_cpu)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
+  m.def("matmul(Tensor a, Tensor b) -> Tensor");
+  m.def("matmul_into(Tensor a, Tensor b, Tensor(a!) y, bool add=False) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
+  m.impl("matmul", TORCH_BOX(&matmul_cpu));
+  m.impl("matmul_into", TORCH_BOX(&matmul_into_cpu));
+}
 
 }  // namespace llmops

@@ -9,6 +9,7 @@ namespace llmops {
 // element of what is serial elsewhere, and small under ThreadSanitizer as that is.
 constexpr int64_t kSerialProducts = 20 * kSerialElements;
 
-void matmul(const cpu::MatmulParams& p);
+// p.past is set here.
+void matmul(cpu::MatmulParams p);
 
 }  // namespace llmops

@@ -1,15 +1,16 @@
 // Matrix product for many rows. Formula and interface: matmul.h
 //
 // As Goto and van de Geijn's (2008) and BLIS's (Van Zee and van de Geijn, 2015): a tile of y,
-// kRows x kVecs vectors, stays in registers for kDepth steps of k, each of which broadcasts kRows
+// kRows x kVecs vectors, stays in registers for kSteps steps of k, each of which broadcasts kRows
 // elements of a packed strip of a to the vectors of a packed strip of b. A strip of b stays in L1
 // and a block of a, packed, in L2 while one runs over the other; a panel of b in L3. Packing widens
-// 16-bit elements, so that every product is fp32; sums beyond kDepth go through memory as fp32 and
+// 16-bit elements, so that every product is fp32; sums beyond kSteps go through memory as fp32 and
 // are rounded once.
 //
 // Roofline on AVX2: 12 FMAs per step and 8 loads, that is 6 cycles of FMA and 3 to 4 of loads.
 #include "matmul.h"
 
+#include "matmul_amx.h"
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
@@ -18,7 +19,7 @@ namespace {
 constexpr int kRows = W == 1 ? 4 : 6;
 constexpr int kVecs = W == 8 ? 2 : 4;
 constexpr int kColumns = kVecs * W;
-constexpr int64_t kDepth = 256;            // 16 KiB of b and 6 of a on AVX2
+constexpr int64_t kSteps = 256;            // 16 KiB of b and 6 of a on AVX2
 constexpr int64_t kBlock = 16 * kRows;     // 96 KiB of a
 constexpr int64_t kPanelFloats = 1 << 20;  // 4 MiB of b
 // 16-bit results wait as fp32 for the last of their k: 192 KiB of them.
@@ -64,7 +65,7 @@ LLMOPS_NOINLINE void pack(const MatmulOperand& from, int64_t outer, int count, i
   }
 }
 
-// Where a tile's sums begin and go: `sums` holds fp32 between one kDepth and the next.
+// Where a tile's sums begin and go: `sums` holds fp32 between one kSteps and the next.
 template <class T>
 struct Tile {
   float* sums;
@@ -72,6 +73,7 @@ struct Tile {
   const T* bias;  // of the tile's columns; null
   int64_t sums_stride, y_stride;
   bool first, last;
+  bool past;  // the caches, where y is aligned for it
 };
 
 template <class T>
@@ -85,7 +87,13 @@ LLMOPS_INLINE void finish(const Tile<T>& t, int i, int j, Vec v, int left) {
   }
   if (t.bias) v = v + load_some(t.bias + at, left);
   T* const y = t.y + i * t.y_stride + at;
-  left < W ? store_n(y, v, left) : store(y, v);
+  if (left < W) {
+    store_n(y, v, left);
+  } else if (t.past) {
+    stream(y, v);
+  } else {
+    store(y, v);
+  }
 }
 
 template <class T>
@@ -125,16 +133,16 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
   constexpr bool kWide = sizeof(T) == sizeof(float);
   const int64_t rows = least(kBlock, p.m - row);
   float* const left = scratch;
-  float* const sums = scratch + kBlock * kDepth + W;
+  float* const sums = scratch + kBlock * kSteps + W;
   T* const y = static_cast<T*>(p.y) + row * p.y_stride;
-  for (int64_t k = 0; k < p.k || k == 0; k += kDepth) {
-    const int64_t depth = least(kDepth, p.k - k);
+  for (int64_t k = 0; k < p.k || k == 0; k += kSteps) {
+    const int64_t depth = least(kSteps, p.k - k);
     for (int64_t i = 0; i < rows; i += kRows)
       pack<T, kRows>(p.a, row + i, count_of(p.m - row - i, kRows + W), k, depth, left + i * depth);
     for (int64_t c = column; c < end; c += kColumns) {
       const float* const strip = packed + (c - column) * p.k + k * kColumns;
       for (int64_t i = 0; i < rows; i += kRows) {
-        Tile<T> tile;
+        Tile<T> tile{};
         tile.y = y + i * p.y_stride + c;
         tile.y_stride = p.y_stride;
         if constexpr (kWide) {
@@ -145,7 +153,7 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
           tile.sums_stride = kNarrowColumns;
         }
         tile.bias = p.bias ? static_cast<const T*>(p.bias) + c : nullptr;
-        tile.first = k == 0;
+        tile.first = k == 0 && !p.add;
         tile.last = k + depth >= p.k;
         multiply<T>(left + i * depth, strip, depth, tile, count_of(rows - i, kRows),
                     count_of(end - c, kColumns));
@@ -154,25 +162,76 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
   }
 }
 
+#ifdef LLMOPS_HAS_TILES
+LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64_t end,
+                                    const float* packed, int64_t row, float* scratch) {
+  const int64_t rows = least(kTiledBlock, p.m - row), strip = tiled_steps(p.k) * kStepFloats;
+  alignas(64) float sums[4 * kTileFloats];
+  begin_tiles();
+  for (int64_t k = 0; k < p.k || k == 0; k += kTiledDepth) {
+    const int64_t depth = least(kTiledDepth, p.k - k), steps = tiled_steps(depth);
+    for (int64_t i = 0; i < rows; i += kPair)
+      split_strip<true>(p.a, row + i, p.m - row - i, k, depth,
+                        scratch + i / kPair * steps * kStepFloats);
+    for (int64_t c = column; c < end; c += kPair) {
+      const float* const b = packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
+      for (int64_t i = 0; i < rows; i += kPair) {
+        split_product(scratch + i / kPair * steps * kStepFloats, b, steps, sums);
+        const int columns = count_of(end - c, kPair), count = count_of(rows - i, kPair);
+        Tile<float> tile{};
+        tile.sums = tile.y = static_cast<float*>(p.y) + (row + i) * p.y_stride + c;
+        tile.sums_stride = tile.y_stride = p.y_stride;
+        tile.bias = p.bias ? static_cast<const float*>(p.bias) + c : nullptr;
+        tile.first = k == 0 && !p.add;
+        tile.last = k + depth >= p.k;
+        tile.past = p.past && k == 0;
+        for (int r = 0; r < count; ++r) {
+          const float* const from = sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
+          for (int j = 0; j * W < columns; ++j) {
+            finish(tile, r, j, load(from + j * kTileFloats), count_of(columns - j * W, W));
+          }
+        }
+      }
+    }
+  }
+  end_tiles();
+  if (p.past) stream_fence();
+}
+#endif
+
 }  // namespace
 
 MatmulPlan matmul_plan(const MatmulParams& p) {
+#ifdef LLMOPS_HAS_TILES
+  if (takes_tiles(p)) {
+    const int64_t strip = tiled_steps(p.k) * kStepFloats, fit = kTiledPanelFloats / (strip + 1);
+    const int64_t panel = least(fit < 4 ? 4 : fit, (p.n + kPair - 1) / kPair) * kPair;
+    return {panel, kPair, kTiledBlock, strip,
+            kTiledBlock / kPair * kTiledDepth / kDepth * kStepFloats};
+  }
+#endif
   const int64_t fit = kPanelFloats / (p.k > 0 ? p.k : 1) / kColumns * kColumns;
   int64_t panel = fit < 4 * kColumns ? 4 * kColumns : fit;
   const bool narrow = p.type != DType::f32;
   if (narrow) panel = least(panel, kNarrowColumns);
   panel = least(panel, round_up(p.n, kColumns));
   return {panel, kColumns, kBlock, p.k * kColumns,
-          kBlock * kDepth + W + (narrow ? kBlock * kNarrowColumns : 0)};
+          kBlock * kSteps + W + (narrow ? kBlock * kNarrowColumns : 0)};
 }
 
 void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
+#ifdef LLMOPS_HAS_TILES
+  if (takes_tiles(p)) return split_strip<false>(p.b, column, p.n - column, 0, p.k, out);
+#endif
   LLMOPS_DISPATCH(p.type, T,
                   (pack<T, kColumns>(p.b, column, count_of(p.n - column, kColumns), 0, p.k, out)));
 }
 
 void matmul_block(const MatmulParams& p, int64_t column, int64_t end, const float* packed,
                   int64_t row, float* scratch) {
+#ifdef LLMOPS_HAS_TILES
+  if (takes_tiles(p)) return block_by_tiles(p, column, end, packed, row, scratch);
+#endif
   LLMOPS_DISPATCH(p.type, T, block<T>(p, column, end, packed, row, scratch));
 }
 

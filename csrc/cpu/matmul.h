@@ -19,6 +19,8 @@ struct MatmulParams {
   const void* bias;    // [n], dense; or null
   void* y;             // [m, n], rows y_stride elements apart
   int64_t y_stride;
+  bool add = false;   // to what y holds, which then is fp32
+  bool past = false;  // with AMX in fp32: y, aligned to vectors, is stored past the caches
 };
 
 // How the work is cut: a panel of columns of b is packed once, in strips, and multiplied by one

@@ -264,6 +264,18 @@ LLMOPS_INLINE void store_halves(bf16* first, bf16* second, Vec a) {
 }
 // Lane i: (low[i], high[i]) rounded to bf16.
 LLMOPS_INLINE Vec make_pairs(Vec low, Vec high) { return merge_halves(narrow_pairs(low, high)); }
+// Lane i: the upper halves of low[i] and high[i], which is truncation to bf16.
+LLMOPS_INLINE Vec high_half(Vec a) {
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), mask))};
+}
+LLMOPS_INLINE Vec pair_high_halves(Vec low, Vec high) {
+  const __m512i half = _mm512_srli_epi32(_mm512_castps_si512(low.v), 16);
+  return {_mm512_castsi512_ps(_mm512_or_si512(half, _mm512_castps_si512(high_half(high).v)))};
+}
+// Whichever is larger, or smaller, in magnitude; the smaller with a's sign. b where a is NaN.
+LLMOPS_INLINE Vec larger(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 7)}; }
+LLMOPS_INLINE Vec smaller(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 2)}; }
 // c + a.low * b.low + a.high * b.high, in fp32 (subnormal products and sums flush to zero).
 LLMOPS_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};

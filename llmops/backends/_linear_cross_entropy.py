@@ -1,7 +1,8 @@
 """linear_cross_entropy for any backend that has cross_entropy: a few logits at a time.
 
-The matrix products are torch's own; the loss and its gradient are the backend's kernels, the
-gradient in place over the logits it came from. Two ways to take the logits:
+The matrix products are torch's own, or those that a backend has for fp32; the loss and its gradient
+are the backend's kernels, the gradient in place over the logits it came from. Two ways to take the
+logits:
 
 - `sums`: some rows, all their classes. For devices that are slow to start and fast to finish, which
   are not waited for either: `sums_of_all`.
@@ -19,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# A chunk of logits: large enough that the products run at their full rate and that reading and
+# Logits of a chunk: large enough that the products run at their full rate and that reading and
 # writing dweight once per chunk is small beside computing it, small beside the logits of a batch.
-CHUNK_BYTES = 64 << 20
+CHUNK = 32 << 20
 # And at most half of the rows, but not fewer rows than a matrix product needs: 512 rows of 768 and
 # 50257 classes with gradients take 2.2 s in chunks of 256 rows and 2.6 s in chunks of 128.
 CHUNKS, FEWEST_ROWS = 2, 256
@@ -72,12 +73,12 @@ def keeps_logits(rows: int, width: int, classes: int, itemsize: int = 4) -> bool
         return False
     if itemsize == 2:
         return rows <= 2 * width
-    return rows <= min(width, chunk_rows(rows, classes, itemsize))
+    return rows <= min(width, chunk_rows(rows, classes))
 
 
-def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
-    """Rows per chunk: by shape and dtype alone, so that results do not depend on the machine."""
-    fit = max(16, CHUNK_BYTES // max(1, classes * itemsize))
+def chunk_rows(rows: int, classes: int) -> int:
+    """Rows per chunk: by shape alone, so that results do not depend on the machine."""
+    fit = max(16, CHUNK // max(1, classes))
     fit = min(fit, max(FEWEST_ROWS, -(-rows // CHUNKS)))
     return _equal(rows, fit)
 
@@ -85,6 +86,14 @@ def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
 def _equal(rows: int, most: int) -> int:
     """The size of equal chunks of rows, of at most so many."""
     return -(-rows // max(1, -(-rows // most)))
+
+
+def product_into(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out + a b: torch's own, under autocast too, which leaves these alone."""
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
@@ -102,10 +111,13 @@ def sums_of_all(
 
 
 def sums_by_class(
-    losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call
+    losses_of: Callable[..., Any],
+    gradient_of_: Callable[..., None],
+    call: Call,
+    into: Callable[..., None] = product_into,
 ) -> Sums:
     if len(call.linear_weight) > CLASSES:
-        return _of_counted(call, lambda some: _sums_by_class(losses_of, gradient_of_, some))
+        return _of_counted(call, lambda some: _sums_by_class(losses_of, gradient_of_, some, into))
     bias = call.linear_bias
     wide = call._replace(
         input=call.input.float(),
@@ -154,7 +166,7 @@ def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call
             part = torch.empty_like(dweight, dtype=input.dtype)
     if wanted[2]:
         dbias = input.new_zeros(classes, dtype=torch.float32)
-    step = chunk_rows(rows, classes, input.element_size())
+    step = chunk_rows(rows, classes)
     buffer = input.new_empty(call.keep or step, classes)
     how = (ignore_index, smoothing, 0.0, _NO_REDUCTION)
     for begin in range(0, rows, max(step, 1)):
@@ -197,7 +209,10 @@ class _Run(NamedTuple):
 
 
 def _sums_by_class(
-    losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call
+    losses_of: Callable[..., Any],
+    gradient_of_: Callable[..., None],
+    call: Call,
+    into: Callable[..., None],
 ) -> Sums:
     input, linear_weight, target, weight, wanted = (
         call.input, call.linear_weight, call.target, call.weight, call.wanted,
@@ -209,14 +224,14 @@ def _sums_by_class(
     dweight = fresh(linear_weight.shape) if wanted[1] and not call.keep else None
     dbias = losses.new_zeros(classes) if wanted[2] else None
     whole = any(wanted)
-    step = chunk_rows(rows, classes, 4) if whole else _equal(rows, MOST_ROWS)
+    step = chunk_rows(rows, classes) if whole else _equal(rows, MOST_ROWS)
     # What is kept is one chunk, of a size that may not depend on the targets.
     buffer = losses.new_empty((call.keep or step) * (classes if whole else CLASSES))
     even = smoothing / classes
     for begin in range(0, rows, max(step, 1)):
         here = slice(begin, begin + step)
         x, own = input[here].float(), 1.0 if weight is None else weight[target[here]].double()
-        runs, lse, picked, level = _logits(losses_of, call, x, target[here], buffer, whole)
+        runs, lse, picked, level = _logits(losses_of, call, x, target[here], buffer, whole, into)
         loss = (lse - picked) * own
         total: Any = classes if weight is None else weight.sum(dtype=torch.float64)
         if smoothing > 0:
@@ -227,7 +242,7 @@ def _sums_by_class(
         # loss_i's gradient: toward (softmax - onehot) + rest softmax - even weight.
         grad = losses.new_ones(len(x)) if call.row_grad is None else call.row_grad[here]
         toward, spread = grad.double() * own * (1 - smoothing), grad.double() * even
-        dx: Tensor | None = None
+        dx = None if dinput is None else torch.empty_like(x)
         for run in runs:
             w, g = linear_weight[run.classes].float(), run.logits
             near = torch.where(run.inside, toward, 0.0).float()
@@ -235,13 +250,10 @@ def _sums_by_class(
             gradient_of_(near, g, run.local, None, lse, -1, 0.0, 0.0, _NO_REDUCTION, far)
             if smoothing > 0:
                 g -= spread.float()[:, None] * (1.0 if weight is None else weight[run.classes])
-            if dinput is not None:
-                dx = _product(g, w) if dx is None else dx.addmm_(g, w)
+            if dx is not None:
+                into(g, w, dx, run.classes.start > 0)
             if dweight is not None:
-                if begin == 0:
-                    torch.mm(g.t(), x, out=dweight[run.classes])
-                else:
-                    dweight[run.classes].addmm_(g.t(), x)
+                into(g.t(), x, dweight[run.classes], begin > 0)
             if dbias is not None:
                 dbias[run.classes] += g.sum(0)
         if dinput is not None and dx is not None:
@@ -250,7 +262,13 @@ def _sums_by_class(
 
 
 def weight_gradient(
-    kept: Tensor, input: Tensor, target: Tensor, ignore_index: int, factor: Tensor, classes: int
+    kept: Tensor,
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    factor: Tensor,
+    classes: int,
+    into: Callable[..., None] = product_into,
 ) -> Tensor:
     """factor times linear_weight's gradient [V, D], of the logits' [N * V] that a call kept: by
     class in fp32, in rows in 16 bits. The factor goes to x, which is the smaller: of [128256, 2048]
@@ -265,7 +283,7 @@ def weight_gradient(
         return dweight.mul_(factor) if half else dweight
     dweight = x.new_empty(classes, x.shape[1]) if len(x) else x.new_zeros(classes, x.shape[1])
     for here, logits in _runs(kept, len(x), classes) if len(x) else ():
-        torch.mm(logits.t(), x, out=dweight[here])
+        into(logits.t(), x, dweight[here])
     return dweight
 
 
@@ -280,7 +298,13 @@ def _runs(
 
 
 def _logits(
-    losses_of: Callable[..., Any], call: Call, x: Tensor, target: Tensor, buffer: Tensor, keep: bool
+    losses_of: Callable[..., Any],
+    call: Call,
+    x: Tensor,
+    target: Tensor,
+    buffer: Tensor,
+    keep: bool,
+    into: Callable[..., None],
 ) -> tuple[list[_Run], Tensor, Tensor, Tensor]:
     """The runs of classes, whose logits are kept or overwritten one by the other; and of each row,
     fp64: the log-sum-exp, the target's logit, the sum of all logits times their class's weight (for
@@ -289,7 +313,7 @@ def _logits(
     runs, lses = [], []
     picked, level = x.new_zeros((2, n), dtype=torch.float64)
     for here, logits in _runs(buffer, n, classes, keep):
-        torch.mm(x, call.linear_weight[here].float().t(), out=logits)
+        into(x, call.linear_weight[here].float().t(), logits)
         if call.linear_bias is not None:
             logits += call.linear_bias[here]
         inside = (target >= here.start) & (target < here.stop)

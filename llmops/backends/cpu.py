@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,9 @@ _MISSING = {
 }
 
 # linear: up to how many rows of x our kernel is ahead of torch's own product, per instruction set
-# and dtype; of 8, 16, 128 and all, measured (benchmarks/NOTES.md). On AVX2 torch has no 16-bit
+# and dtype; of LINEAR_ROWS and all, measured (benchmarks/NOTES.md). On AVX2 torch has no 16-bit
 # product worth the name.
+LINEAR_ROWS = (8, 16, 128, 192)
 ANY_ROWS = sys.maxsize
 LINEAR_AHEAD = {
     "scalar": {},
@@ -60,12 +62,19 @@ LINEAR_AHEAD = {
     "avx512_bf16": {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16},
     "amx": {torch.float32: 16, torch.bfloat16: 128, torch.float16: 16},
 }
+# And where it is ahead beyond all of these: fp32 in three parts by AMX (csrc/cpu/matmul_amx.h).
+LINEAR_MANY = {"amx": (torch.float32,)}
 
 
 def widens_products(dtype: torch.dtype) -> bool:
     """Whether matrix products of this dtype are better done in fp32: torch has no 16-bit product
     on this processor."""
     return dtype != torch.float32 and LINEAR_AHEAD[isa()].get(dtype) == ANY_ROWS
+
+
+def own_products(dtype: torch.dtype) -> bool:
+    """Whether products of many rows, gradients' too, are ours."""
+    return dtype in LINEAR_MANY.get(isa(), ()) or widens_products(dtype)
 
 
 def holds_logits(dtype: torch.dtype) -> bool:
@@ -106,13 +115,16 @@ def yields(call: Call) -> str | None:
     """Why another backend should serve a call that this one can serve: asked under "auto"."""
     if call.op != "linear":
         return None
-    if "transposed weight" in call.features:
+    ahead = LINEAR_AHEAD[isa()].get(call.dtype, 0)
+    rows = next((int(f.split()[2]) for f in call.features if f.startswith("at most")), ANY_ROWS)
+    many = rows == ANY_ROWS and call.dtype in LINEAR_MANY.get(isa(), ())
+    if "weight dense in no dimension" in call.features or (
+        "transposed weight" in call.features and not many
+    ):
         return "it would copy a weight that is not dense in its last dimension"
     if "autocast weight" in call.features:
         return "it would cast the weight in each call, which torch does once per autocast region"
-    ahead = LINEAR_AHEAD[isa()].get(call.dtype, 0)
-    rows = next((int(f.split()[2]) for f in call.features if f.startswith("at most")), ANY_ROWS)
-    if rows <= ahead:
+    if rows <= ahead or many:
         return None
     dtype = str(call.dtype).removeprefix("torch.")
     only = f" beyond {ahead} rows of x" if ahead else ""
@@ -146,6 +158,7 @@ if _extension.REASON is None:
     layer_norm_bwd = _raw.layer_norm_bwd.default
     linear = _raw.linear.default
     matmul = _raw.matmul.default
+    matmul_into = _raw.matmul_into.default
     gelu = _raw.gelu.default
     gelu_bwd = _raw.gelu_bwd.default
     swiglu = _raw.swiglu.default
@@ -161,8 +174,19 @@ if _extension.REASON is None:
 
     def linear_cross_entropy(*args: Any) -> _linear_cross_entropy.Sums:
         call, dtype = _linear_cross_entropy.Call(*args), args[0].dtype
-        in_fp32 = dtype == torch.float32 or widens_products(dtype)
-        way = _linear_cross_entropy.sums_by_class if in_fp32 else _linear_cross_entropy.sums
-        return way(cross_entropy, cross_entropy_bwd_, call)
+        if dtype == torch.float32 or widens_products(dtype):
+            return _linear_cross_entropy.sums_by_class(
+                cross_entropy, cross_entropy_bwd_, call, _product_into
+            )
+        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, call)
 
-    linear_cross_entropy_weight_gradient = _linear_cross_entropy.weight_gradient
+    def _product_into(
+        a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False
+    ) -> None:
+        """In fp32; the smallest of three sizes decides as the number of rows does for linear."""
+        ours = own_products(torch.float32) and min(*a.shape, out.shape[1]) > LINEAR_ROWS[-1]
+        (matmul_into if ours else _linear_cross_entropy.product_into)(a, b, out, add)
+
+    linear_cross_entropy_weight_gradient = functools.partial(
+        _linear_cross_entropy.weight_gradient, into=_product_into
+    )

@@ -16,8 +16,7 @@ from llmops.dispatch import resolve
 from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, is_plain, is_tracing, shortcut
 
-# The numbers of rows of x that the measured table tells apart (`LINEAR_AHEAD` of the CPU backend).
-ROWS = (8, 16, 128)
+ROWS = get("cpu").LINEAR_ROWS  # of x, that the measured table tells apart
 MANY = "many rows"
 
 
@@ -35,7 +34,8 @@ def linear(
 
     Args:
         x: [..., K], fp32/bf16/fp16 (any dtype on torch's own product), any strides.
-        weight: [N, K], x's dtype; dense in its last dimension, or the product is torch's own.
+        weight: [N, K], x's dtype; dense in its last dimension, or the product of few rows of x is
+            torch's own.
         bias: [N], x's dtype.
         backend: "cpu" is our kernel whatever the shape; "reference" is torch's own product;
             None and "auto" take the faster one, by a measured table of instruction set, dtype and
@@ -50,7 +50,9 @@ def linear(
 
     Numerics: fp32 accumulation, the bias added in fp32, one rounding. The kernel gives the same
     bits for any number of threads; where bf16 pairs are multiplied by the processor (AVX-512-BF16),
-    subnormal products flush to zero. Gradients are matrix products of the same kind, or torch's.
+    subnormal products flush to zero. fp32 and many rows on AMX: three bf16 parts of each value, as
+    exact as fp32 down to 1e-33; smaller values lose digits, and below 1e-38 they are zero.
+    Gradients are matrix products of the same kind, or torch's.
     Under autocast computed in autocast's dtype, as F.linear is.
     """
     if backend is None and not is_tracing() and _is_usual(x, weight, bias):
@@ -69,7 +71,8 @@ def linear(
     if weight.dtype != dtype:
         features += ("autocast weight",)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
-        features += ("transposed weight",)
+        transposed = weight.stride(0) == 1
+        features += ("transposed weight" if transposed else "weight dense in no dimension",)
     name = resolve("linear", x.device, dtype, features, backend)
     if name == "reference":
         return reference.linear(x, weight, bias)
@@ -157,22 +160,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """dx = dy W, dW = dy^T x, db = the sum of dy: by our product where the CPU has no 16-bit one
-    and torch's is 6 times slower than in fp32 (AVX2); else by torch's. By torch's, too, and in fp32
-    there, where the gradient is to be differentiated."""
+    """dx = dy W, dW = dy^T x, db = the sum of dy: by our product where it is ahead of torch's (fp32
+    on AMX) or the CPU has no 16-bit one and torch's is 6 times slower than in fp32 (AVX2); else by
+    torch's. By torch's, too, and in fp32, where the gradient is to be differentiated."""
     x, weight = ctx.saved_tensors
-    dtype = x.dtype
+    dtype, rows = x.dtype, math.prod(x.shape[:-1])
     product: Any = torch.matmul
-    if ctx.backend == "cpu" and get("cpu").widens_products(dtype):
+    if ctx.backend == "cpu" and (rows > ROWS[-1] or dtype != torch.float32):
         if not torch.is_grad_enabled() and is_plain(grad):
-            product = get("cpu").matmul
-        else:
+            product = get("cpu").matmul if get("cpu").own_products(dtype) else product
+        elif get("cpu").widens_products(dtype):
             x, weight, grad = x.float(), weight.float(), grad.float()
     need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-    rows = math.prod(x.shape[:-1])
-    flat = grad.reshape(rows, weight.shape[0])
+    flat, flat_x = grad.reshape(rows, weight.shape[0]), x.reshape(rows, weight.shape[1])
     dx = product(flat, weight).view(x.shape) if need_x else None
-    dweight = product(flat.t(), x.reshape(rows, weight.shape[1])) if need_weight else None
+    dweight = None
+    if need_weight:  # laid out as weight is
+        transposed = weight.stride(1) != 1 and weight.stride(0) == 1
+        dweight = product(flat_x.t(), flat).t() if transposed else product(flat.t(), flat_x)
     dbias = flat.sum(0) if need_bias else None
     return *(None if g is None else g.to(dtype) for g in (dx, dweight, dbias)), None
 

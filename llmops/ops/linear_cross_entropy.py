@@ -39,7 +39,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target), as torch.nn.functional's.
 
-    The logits [N, V] are made and used a chunk of rows at a time (at most 64 MiB, and at most
+    The logits [N, V] are made and used a chunk of rows at a time (at most 32 million, and at most
     half of the rows where that leaves 256 or more): that chunk is all of them that ever exists.
 
     "mean" and "sum" compute the gradients in the forward pass, while a chunk's logits are there:

@@ -160,6 +160,20 @@ LLMOPS_EMULATED __m512 _mm512_abs_ps(__m512 a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
+// imm: 2, the smaller magnitude with a's sign, or 7, the larger with its own.
+LLMOPS_EMULATED __m512 _mm512_range_ps(__m512 a, __m512 b, int imm) {
+  using namespace llmops_emulation;
+  if (imm != 2 && imm != 7) __builtin_trap();
+  Lanes<float> x = lanes<float>(a);
+  const Lanes<float> y = lanes<float>(b);
+  for (int i = 0; i < 16; ++i) {
+    const float sign = x.at[i];
+    const bool less = __builtin_fabsf(y.at[i]) < __builtin_fabsf(x.at[i]);
+    if (x.at[i] != x.at[i] || less == (imm == 2)) x.at[i] = y.at[i];
+    if (imm == 2) x.at[i] = __builtin_copysignf(x.at[i], sign);
+  }
+  return wide(x);
+}
 // imm: rounding mode and exceptions; a number of fraction bits in its upper half is not emulated.
 LLMOPS_EMULATED __m512 _mm512_roundscale_ps(__m512 a, int imm) {
   if (imm >> 4) __builtin_trap();

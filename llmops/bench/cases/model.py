@@ -123,7 +123,7 @@ def _cases(
     def decode() -> Tensor:
         cache.reset()
         cache.extend(cached)
-        return model(ids[:, :1], cache=cache, last_only=True)
+        return model(ids[:1, :1], cache=cache, last_only=True)
 
     def train() -> tuple[Tensor, ...]:
         loss = model.loss(inputs, targets)

@@ -68,20 +68,23 @@ class BloomAttention(Replaced):
 
 
 class Conv1D(Replaced):
-    """GPT-2's projections, whose weight [in, out] lies transposed. Where the processor has no
-    16-bit products torch's own takes fifty times as long as one in fp32."""
+    """GPT-2's projections, whose weight [in, out] lies transposed: in fp32 by `llmops.linear`. In
+    16 bits where the processor has no such products, for which torch's own takes fifty times as
+    long as one in fp32."""
 
     weight: Tensor
     bias: Tensor
     forward: Any
-    _llmops_wide: tuple[torch.dtype, ...]  # dtypes whose products are better taken in fp32
+    _llmops_own: tuple[torch.dtype, ...]  # dtypes that are not better left to torch
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[no-redef]
         weight = self.weight
-        if not (x.is_cpu and x.dtype in self._llmops_wide and weight.dtype == x.dtype) or (
+        if not (x.is_cpu and x.dtype in self._llmops_own and weight.dtype == x.dtype) or (
             torch.is_autocast_enabled("cpu")
         ):
             return super().forward(x)  # type: ignore[misc]
+        if x.dtype == torch.float32:
+            return llmops.linear(x, weight.t(), self.bias)
         rows = x.reshape(-1, x.shape[-1]).float()
         y = torch.addmm(self.bias.float(), rows, weight.float()).to(x.dtype)
         return y.view(*x.shape[:-1], weight.shape[1])
@@ -117,14 +120,15 @@ def rule(module: nn.Module) -> Rule | str | None:
         return "it makes tables; the rotation is a function in the model's file, out of reach"
     if name == "Conv1D" and home == "transformers.pytorch_utils":
         cpu = get("cpu")
-        wide: tuple[torch.dtype, ...] = ()
+        own: tuple[torch.dtype, ...] = ()
         if cpu.available() is None:
-            wide = tuple(d for d in (torch.bfloat16, torch.float16) if cpu.widens_products(d))
-        if not wide:
+            own = tuple(d for d in cpu.DTYPES if cpu.own_products(d))
+        if not own:
             return "its weight lies transposed, and torch's own product serves that"
         cls = type(module)
-        note = "16-bit products in fp32; in fp32 torch's own"
-        state = {"_llmops_wide": wide}
+        names = ", ".join(str(d).removeprefix("torch.") for d in own)
+        note = f"products of {names}; torch's own for others"
+        state = {"_llmops_own": own}
         reason = _swap.why_not(module, cls)
         return reason or Rule(cls, "linear", Conv1D, note=note, state=state)
     return None

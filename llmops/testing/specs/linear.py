@@ -28,6 +28,8 @@ def samples(make: Make) -> Iterator[Sample]:
         (16, 64, 64),
         (17, 96, 33),
         (48, 40, 130),
+        # So many rows that gradients may be ours, too.
+        (200, 70, 66),
     ):
         yield Sample(f"{rows}x{k}-{n}", (make(rows, k), make(n, k)))
         yield Sample(f"{rows}x{k}-{n}-bias", (make(rows, k), make(n, k), make(n)))
