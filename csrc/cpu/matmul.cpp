@@ -10,8 +10,8 @@
 // Roofline on AVX2: 12 FMAs per step and 8 loads, that is 6 cycles of FMA and 3 to 4 of loads.
 #include "matmul.h"
 
-#include "matmul_amx.h"
 #include "simd.h"
+#include "split_amx.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
@@ -163,20 +163,37 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
 }
 
 #ifdef LLMOPS_HAS_TILES
+// Strips of 32 columns of b in a panel, blocks of rows of a, 768 steps of k at a time, as measured
+// (benchmarks/NOTES.md). Errors are two thirds of those of FMAs one after the other, for sums begin
+// anew with each 768.
+constexpr int64_t kTiledDepth = 768;            // 144 KiB of a strip
+constexpr int64_t kTiledBlock = 8 * kPair;      // rows: 1.1 MiB of a
+constexpr int64_t kTiledPanelFloats = 4 << 20;  // 16 MiB of b
+
+LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
+  return p.type == DType::f32 && active_isa() == Isa::amx;
+}
+template <bool kRowsAreOuter>
+LLMOPS_INLINE void strip_of(const MatmulOperand& x, int64_t outer, int64_t count, int64_t k,
+                            int64_t depth, float* out) {
+  const float* const data = static_cast<const float*>(x.data) + outer * x.outer_step + k * x.k_step;
+  split_strip<kRowsAreOuter>(data, x.outer_step, x.k_step, count, depth, out);
+}
+
 LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64_t end,
                                     const float* packed, int64_t row, float* scratch) {
   const int64_t rows = least(kTiledBlock, p.m - row), strip = tiled_steps(p.k) * kStepFloats;
-  alignas(64) float sums[4 * kTileFloats];
+  alignas(64) float sums[kPair * kPair];
   begin_tiles();
   for (int64_t k = 0; k < p.k || k == 0; k += kTiledDepth) {
     const int64_t depth = least(kTiledDepth, p.k - k), steps = tiled_steps(depth);
     for (int64_t i = 0; i < rows; i += kPair)
-      split_strip<true>(p.a, row + i, p.m - row - i, k, depth,
-                        scratch + i / kPair * steps * kStepFloats);
+      strip_of<true>(p.a, row + i, p.m - row - i, k, depth,
+                     scratch + i / kPair * steps * kStepFloats);
     for (int64_t c = column; c < end; c += kPair) {
       const float* const b = packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
       for (int64_t i = 0; i < rows; i += kPair) {
-        split_product(scratch + i / kPair * steps * kStepFloats, b, steps, sums);
+        split_product(scratch + i / kPair * steps * kStepFloats, b, steps, sums, kPair, false);
         const int columns = count_of(end - c, kPair), count = count_of(rows - i, kPair);
         Tile<float> tile{};
         tile.sums = tile.y = static_cast<float*>(p.y) + (row + i) * p.y_stride + c;
@@ -186,10 +203,8 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
         tile.last = k + depth >= p.k;
         tile.past = p.past && k == 0;
         for (int r = 0; r < count; ++r) {
-          const float* const from = sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
-          for (int j = 0; j * W < columns; ++j) {
-            finish(tile, r, j, load(from + j * kTileFloats), count_of(columns - j * W, W));
-          }
+          for (int j = 0; j * W < columns; ++j)
+            finish(tile, r, j, load(sums + r * kPair + j * W), count_of(columns - j * W, W));
         }
       }
     }
@@ -221,7 +236,7 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
 
 void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 #ifdef LLMOPS_HAS_TILES
-  if (takes_tiles(p)) return split_strip<false>(p.b, column, p.n - column, 0, p.k, out);
+  if (takes_tiles(p)) return strip_of<false>(p.b, column, p.n - column, 0, p.k, out);
 #endif
   LLMOPS_DISPATCH(p.type, T,
                   (pack<T, kColumns>(p.b, column, count_of(p.n - column, kColumns), 0, p.k, out)));

@@ -62,7 +62,7 @@ LINEAR_AHEAD = {
     "avx512_bf16": {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16},
     "amx": {torch.float32: 16, torch.bfloat16: 128, torch.float16: 16},
 }
-# And where it is ahead beyond all of these: fp32 in three parts by AMX (csrc/cpu/matmul_amx.h).
+# And where it is ahead beyond all of these: fp32 in three parts by AMX (csrc/cpu/split_amx.h).
 LINEAR_MANY = {"amx": (torch.float32,)}
 
 

@@ -1,19 +1,14 @@
-// matmul's product in fp32 by AMX (amx.h), which multiplies bf16 alone: every element is taken as
-// the sum of three bf16 values, eight bits of its mantissa each, so that nothing of it is lost.
+// Products in fp32 by AMX (amx.h), which multiplies bf16 alone: every element is taken as the sum
+// of three bf16 values, eight bits of its mantissa each, so that nothing of it is lost.
 //   a b = a0 b0 + (a0 b1 + a1 b0 + a0 b2 + a1 b1 + a2 b0); left out: less than 2^-21 |a b|
-// Henry, Tang and Heinecke (2019). Six products of tiles take a third of the time of fp32 FMAs.
-//
-// Work is cut as in matmul.cpp: strips of 32 columns of b in a panel, blocks of 256 rows of a, 768
-// steps of k at a time. In each 32 steps the small products come first. Errors are two thirds of
-// those of fp32 FMAs one after the other (benchmarks/NOTES.md), for sums begin anew every 768
-// steps.
+// Henry, Tang and Heinecke (2019). Six products of tiles take half the time of fp32 FMAs. In each
+// 32 steps the small ones come first.
 //
 // Tiles have no subnormals: what is below 2^-126 counts as zero, so elements below 2^-110 have
 // fewer than 24 bits. An infinity's other parts, and those that are zero, are 2^-126 with its sign:
 // an infinite part times zero would be NaN, where the product is infinite.
 #pragma once
 #include "amx.h"
-#include "matmul.h"
 
 #ifdef LLMOPS_HAS_TILES
 
@@ -25,13 +20,6 @@ constexpr int kTileFloats = kSide * kSide;
 constexpr int kPair = 2 * kSide;                       // rows, or columns, of a product
 constexpr int64_t kPartFloats = 2 * kTileFloats;       // both tiles of one part
 constexpr int64_t kStepFloats = kParts * kPartFloats;  // of a strip's 32 steps of k
-constexpr int64_t kTiledDepth = 768;                   // 144 KiB of a strip
-constexpr int64_t kTiledBlock = 8 * kPair;             // rows: 1.1 MiB of a
-constexpr int64_t kTiledPanelFloats = 4 << 20;         // 16 MiB of b
-
-LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
-  return p.type == DType::f32 && active_isa() == Isa::amx;
-}
 LLMOPS_INLINE int64_t tiled_steps(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
 
 LLMOPS_INLINE int up_to_side(int64_t n) { return static_cast<int>(n < kSide ? n : kSide); }
@@ -49,25 +37,24 @@ LLMOPS_INLINE void split(Vec first, Vec second, float* out) {
   }
 }
 
-// Outer elements [outer, outer + 32), of which `count` exist, by `depth` steps from k on, as
-// [steps of 32][parts][2 tiles][16][16 pairs]: rows of a tile are outer elements and its pairs k
-// where `rows_are_outer` (operand a), else the other way round (b). A pair is of k and k + 16.
+// 32 outer elements, of which `count` exist, by `depth` steps of k as a strip [steps of 32][parts]
+// [2 tiles][16][16 pairs]: rows of a tile are outer elements and its pairs k for the operand a, the
+// other way round for b. A pair is of k and k + 16. Element (outer, k) is at data + outer *
+// outer_step + k * k_step, one of the steps 1; zeros where there is none.
 template <bool kRowsAreOuter>
-LLMOPS_NOINLINE void split_strip(const MatmulOperand& from, int64_t outer, int64_t count, int64_t k,
-                                 int64_t depth, float* out) {
-  const float* const data =
-      static_cast<const float*>(from.data) + outer * from.outer_step + k * from.k_step;
-  const bool outer_dense = from.outer_step == 1;
+LLMOPS_NOINLINE void split_strip(const float* data, int64_t outer_step, int64_t k_step,
+                                 int64_t count, int64_t depth, float* out) {
+  const bool outer_dense = outer_step == 1;
   for (int64_t d = 0; d < depth; d += kDepth, out += kStepFloats) {
     for (int tile = 0; tile < 2; ++tile) {
       const int64_t first = tile * kSide;
       Vec half[2][kSide];
       for (int h = 0; h < 2; ++h) {
         const int64_t step = d + h * kSide;
-        const float* const p = data + first * from.outer_step + step * from.k_step;
+        const float* const p = data + first * outer_step + step * k_step;
         const int outers = up_to_side(count - first), steps = up_to_side(depth - step);
         const int rows = outer_dense ? steps : outers, lanes = outer_dense ? outers : steps;
-        const int64_t stride = outer_dense ? from.k_step : from.outer_step;
+        const int64_t stride = outer_dense ? k_step : outer_step;
         if (rows == kSide && lanes == kSide) {
           LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) half[h][i] = load(p + i * stride);
         } else {
@@ -82,14 +69,23 @@ LLMOPS_NOINLINE void split_strip(const MatmulOperand& from, int64_t outer, int64
   }
 }
 
-// sums [2 tiles of rows][2 of columns][16][16].
-LLMOPS_NOINLINE void split_product(const float* a, const float* b, int64_t steps, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  memory_is_used(a);
-  memory_is_used(b);
+// out [32][32 of ld] = A B of two strips, or += with `add`.
+LLMOPS_NOINLINE void split_product(const float* a, const float* b, int64_t steps, float* out,
+                                   int64_t ld, bool add) {
+  const int64_t row = ld * 4;
+  float* const below = out + kSide * ld;
+  memory_is_used(out);
+  if (add) {
+    _tile_loadd(0, out, row);
+    _tile_loadd(1, out + kSide, row);
+    _tile_loadd(2, below, row);
+    _tile_loadd(3, below + kSide, row);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   // With the next part of a, or of b, in place of the last one. Each load just before its first
   // use.
   const auto rows = [](const float* part) __attribute__((always_inline)) {
@@ -118,11 +114,11 @@ LLMOPS_NOINLINE void split_product(const float* a, const float* b, int64_t steps
     columns(b + 2 * kPartFloats);
     columns(b);
   }
-  _tile_stored(0, sums, 4 * kSide);
-  _tile_stored(1, sums + kTileFloats, 4 * kSide);
-  _tile_stored(2, sums + 2 * kTileFloats, 4 * kSide);
-  _tile_stored(3, sums + 3 * kTileFloats, 4 * kSide);
-  memory_is_used(sums);
+  _tile_stored(0, out, row);
+  _tile_stored(1, out + kSide, row);
+  _tile_stored(2, below, row);
+  _tile_stored(3, below + kSide, row);
+  memory_is_used(out);
 }
 
 }  // namespace
