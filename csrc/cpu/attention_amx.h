@@ -73,6 +73,28 @@ LLMOPS_INLINE void for_vectors(int vecs, const int* visible, int keys, const F& 
   }
 }
 
+// The lanes' maximum over those of 32 keys from i on that each of some vectors sees.
+LLMOPS_INLINE void max_of_keys(const float* s, int i, int first, int columns, const int* visible,
+                               float* top) {
+  for (int c = first; c < first + columns; ++c) {
+    const int end = visible[c] < i + 2 * kSide ? visible[c] : i + 2 * kSide;
+    Vec m = load(top + c * W);
+    for (int r = i; r < end; ++r) m = max(load(s + r * kLanes + c * W), m);
+    store(top + c * W, m);
+  }
+}
+
+// Vector c of out [rows][64], times alpha, 1 where null.
+LLMOPS_INLINE void rescale(float* out, int64_t rows, int c, const float* alpha) {
+  if (!alpha) return;
+  const Vec factor = load(alpha + c * W);
+  if (mask_bits(equal(factor, set1(1.0f))) == 0xffffu) return;
+  for (int64_t d = 0; d < rows; ++d) {
+    float* o = out + d * kLanes + c * W;
+    store(o, load(o) * factor);
+  }
+}
+
 // S^T [keys][64] = K Q^T, where some lane of a vector sees a key; rows up to the next 16th are
 // written, too. And the lanes' maximum over the keys that each vector sees, when asked for. k: rows
 // up to there, zeros up to the next 32nd column.
@@ -84,13 +106,7 @@ LLMOPS_OUTLINE void scores_by_tiles(const char* k, int64_t row_bytes, const floa
       const int rows = visible[j + columns - 1] > i + kSide ? 2 : 1;
       tile_products(rows, columns, k + i * row_bytes, row_bytes, q + j * W, steps,
                     out + i * kLanes + j * W, kLanes, false);
-      if (!top) return;
-      for (int c = j; c < j + columns; ++c) {
-        const int end = visible[c] < i + 2 * kSide ? visible[c] : i + 2 * kSide;
-        Vec m = load(top + c * W);
-        for (int r = i; r < end; ++r) m = max(load(out + r * kLanes + c * W), m);
-        store(top + c * W, m);
-      }
+      if (top) max_of_keys(out, i, j, columns, visible, top);
     });
   }
 }
@@ -105,13 +121,7 @@ LLMOPS_OUTLINE void update_by_tiles(const float* v, int64_t v_cells, int64_t row
     for (int c = j; c < j + columns; ++c) {
       for (int i = (visible[c] + 1) / 2; i < steps * kSide; ++i)
         store(pairs + i * kLanes + c * W, zero());
-      if (!alpha) continue;
-      const Vec factor = load(alpha + c * W);
-      if (mask_bits(equal(factor, set1(1.0f))) == 0xffffu) continue;
-      for (int64_t d = 0; d < rows; ++d) {
-        float* o = out + d * kLanes + c * W;
-        store(o, load(o) * factor);
-      }
+      rescale(out, rows, c, alpha);
     }
     for (int64_t d = 0; d < rows; d += 2 * kSide) {
       tile_products(rows - d > kSide ? 2 : 1, columns,

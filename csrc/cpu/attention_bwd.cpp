@@ -311,6 +311,7 @@ void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {
         return dispatch<bf16, Way::pairs>(g, task, scratch);
       case Way::tiles:
         return dispatch<bf16, kHasTiles ? Way::tiles : Way::pairs>(g, task, scratch);
+      case Way::split:
       case Way::widened:
         break;
     }

@@ -5,60 +5,20 @@
 // scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
 // a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
 // by tiles (AMX) or in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16
-// always is.
+// always is. Long fp32 goes through AMX in three bf16 parts (attention_split.h).
 // 4 * Tq * Tk * D flops per head; K and V are read once per 64 queries.
 #include "attention.h"
 
 #include "attention_amx.h"
 #include "attention_dropout.h"
+#include "attention_fwd_rows.h"
 #include "attention_score.h"
+#include "attention_split.h"
 #include "attention_tile.h"
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
-
-constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
-
-struct Scratch {
-  float* q;                    // [padded D][64], or pairs [padded D / 2][64]
-  float* s;                    // [kKeys][64]: scores, then probabilities
-  float* pairs;                // [kKeys / 2][64]: probabilities as bf16 pairs
-  float* o;                    // [padded Dv][64]
-  float *k, *v;                // a block of keys and values, widened or paired
-  void *k_page, *v_page;       // the same as they come, from several pages
-  float* bias;                 // the mask of a block
-  float* keep;                 // [kKeys][64], or null without dropout
-  float *m, *l, *alpha, *top;  // [64]
-};
-
-template <class T, Way kWay, bool kForm>
-LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
-  const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
-  Scratch s{};
-  s.q = arena.take<float>(dim * kLanes);
-  s.s = arena.take<float>(kKeys * kLanes);
-  s.o = arena.take<float>(dim_v * kLanes);
-  if (kWay != Way::widened) {
-    s.pairs = arena.take<float>(kKeys / 2 * kLanes);
-    s.k = arena.take<float>(p.dim % 2 || kWay == Way::tiles ? kKeys * dim / 2 : 0);
-    s.v = arena.take<float>(kKeys / 2 * dim_v);
-  } else if (sizeof(T) == 2) {
-    s.k = arena.take<float>(kKeys * dim);
-    s.v = arena.take<float>(kKeys * dim_v);
-  }
-  if (p.page > 0) {
-    s.k_page = arena.take<T>(kKeys * p.dim);
-    s.v_page = arena.take<T>(kKeys * p.dim_v);
-  }
-  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kKeys));
-  if (kForm && p.dropout.active) s.keep = arena.take<float>(kKeys * kLanes);
-  s.m = arena.take<float>(kLanes);
-  s.l = arena.take<float>(kLanes);
-  s.alpha = arena.take<float>(kLanes);
-  s.top = arena.take<float>(kLanes);
-  return s;
-}
 
 // Probabilities of vector j's first `keys` keys, in place or as pairs; m, l and alpha follow.
 template <bool kPairs, bool kNatural>
@@ -117,11 +77,12 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor)
 template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                             int64_t key, int keys) {
-  constexpr bool kNatural = kForm, kPairs = kWay != Way::widened;
-  const KeyRows<T> k =
-      key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
-  const KeyRows<T> v =
-      key_rows(p, block, p.v, p.v_stride, key, keys, p.dim_v, static_cast<T*>(s.v_page));
+  constexpr bool kNatural = kForm, kPairs = kWay == Way::pairs || kWay == Way::tiles;
+  KeyRows<T> k{}, v{};
+  if (kWay != Way::split) {
+    k = key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
+    v = key_rows(p, block, p.v, p.v_stride, key, keys, p.dim_v, static_cast<T*>(s.v_page));
+  }
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   constexpr int64_t kSize = sizeof(T);
   int visible[kBlockVecs];
@@ -133,7 +94,12 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   const bool cut = kForm || block.cuts(key, keys);
   Cells k_cells = cells(k.first, k.stride * kSize, 4);
   int64_t k_steps = p.dim;
-  if constexpr (kWay == Way::tiles) {
+  if constexpr (kWay == Way::split) {
+#ifdef LLMOPS_HAS_TILES
+    scores_by_strips(s.k, s.q_split, tiled_steps(p.dim), keys, block.vecs, visible, s.s,
+                     cut ? nullptr : s.top);
+#endif
+  } else if constexpr (kWay == Way::tiles) {
 #ifdef LLMOPS_HAS_TILES
     k_cells = tile_rows(k.first, k.stride, keys, p.dim, s.k);
     scores_by_tiles(k_cells.base, k_cells.row, s.q, dim / kDepth, keys, block.vecs, visible, s.s,
@@ -151,7 +117,7 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     widen_rows(k.first, k.stride, keys, p.dim, s.k, dim);
     k_cells = cells(s.k, dim * 4, 4);
   }
-  if constexpr (kWay != Way::tiles)
+  if constexpr (kWay != Way::tiles && kWay != Way::split)
     scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
 
   if (cut) modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
@@ -162,6 +128,11 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   }
 
 #ifdef LLMOPS_HAS_TILES
+  if constexpr (kWay == Way::split) {
+    update_by_strips(s.v, tiled_steps(keys), p.dim_v, s.s, block.vecs, visible, s.o, s.alpha,
+                     s.pairs);
+    return;
+  }
   if constexpr (kWay == Way::tiles) {
     transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys / 2);
     update_by_tiles(s.v, kKeys / 2, p.dim_v, s.pairs, block.vecs, visible, s.o, s.alpha);
@@ -189,75 +160,69 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
   const auto [group, index, split] = task_of(p, task);
   QueryBlock block;
   begin_block(p, group, index, block);
-  const AttentionPlan& plan = block.sequence.plan;
-
-  const T* row[kLanes];
-  block_rows(block, static_cast<const T*>(p.q), p.q_stride, row);
-  const float sign = split_scale(p.scale).query;
-  if constexpr (kWay != Way::widened) {
-#ifdef LLMOPS_HAS_DOT_PAIRS
-    pack_lane_pairs(row, block.count, p.dim, sign < 0.0f, s.q);
-#endif
-  } else {
-    pack_lanes(row, block.count, p.dim, sign, s.q);
-  }
-  for (int j = 0; j < block.vecs; ++j) {
-    store(s.m + j * W, set1(-kInf));
-    store(s.l + j * W, zero());
-    // Tiles are whole.
-    const int64_t rows = kWay == Way::tiles ? round_up(p.dim_v, 16) : p.dim_v;
-    for (int64_t d = 0; d < rows; ++d) store(s.o + d * kLanes + j * W, zero());
-  }
-
-  if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
-    for (int i = 0; i < block.count; ++i) {
-      s.m[i] = p.sinks[block.head[i]];
-      s.l[i] = s.m[i] == -kInf ? 0.0f : 1.0f;
-    }
-  }
-
-  const int64_t part = plan.first_key + split * plan.split_keys;
-  const int64_t begin = max64(block.begin, part);
-  const int64_t end = min64(block.end, part + plan.split_keys);
-  if (end > begin) {
-    // Blocks of equal size, so that the last one is not a sliver.
-    const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
-    const int64_t whole = kWay == Way::tiles ? 32 : kTileRows;
-    const int64_t step = round_up((end - begin + blocks - 1) / blocks, whole);
+  begin_rows<T, kWay, kForm>(p, block, s, split);
 #ifdef LLMOPS_HAS_TILES
-    if (kWay == Way::tiles) begin_tiles();
+  if (kWay == Way::tiles) begin_tiles();
 #endif
-    for (int64_t key = begin; key < end; key += step)
-      add_keys<T, kWay, kForm>(p, block, s, key, static_cast<int>(min64(step, end - key)));
+  for_keys(block.sequence.plan, split, block.begin, block.end, kWay == Way::tiles ? 32 : kTileRows,
+           [&](int64_t key, int keys) { add_keys<T, kWay, kForm>(p, block, s, key, keys); });
 #ifdef LLMOPS_HAS_TILES
-    if (kWay == Way::tiles) end_tiles();
+  if (kWay == Way::tiles) end_tiles();
 #endif
-  }
-
-  const float unit = kForm ? 1.0f : kLn2;
-  float lse[kLanes];
-  for (int j = 0; j < block.vecs; ++j) {
-    const Vec l = load(s.l + j * W);
-    // A row that saw nothing has l = 0: its factor 0 makes it zeros.
-    store(s.alpha + j * W, select(equal(l, zero()), zero(), set1(1.0f) / l));
-  }
-  for (int i = 0; i < block.count; ++i)
-    lse[i] = s.l[i] == 0.0f ? -kInf : s.m[i] * unit + __builtin_logf(s.l[i]);
-  if (plan.splits == 1) {
-    T* out[kLanes];
-    block_rows(block, static_cast<T*>(p.out), p.out_stride, out);
-    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
-    for (int i = 0; i < block.count; ++i) p.lse[lse_at(p, block, i)] = lse[i];
-  } else {
-    const int64_t rows = p.heads / p.kv_heads * block.sequence.queries, width = p.dim_v + 1;
-    const int64_t start = partial_start(p, block.sequence, group, plan.splits * rows);
-    float* base = p.partial + (start + split * rows + block.first) * width;
-    float* out[kLanes];
-    for (int i = 0; i < block.count; ++i) out[i] = base + i * width;
-    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
-    for (int i = 0; i < block.count; ++i) out[i][p.dim_v] = lse[i];
-  }
+  finish_rows<T, kForm>(p, block, s, group, split);
 }
+
+#ifdef LLMOPS_HAS_TILES
+// Four blocks of queries after each other, for splitting keys and values takes as long as half of
+// one block's products with them. The tasks of the other three have nothing left to do.
+template <bool kForm>
+void run_split(const AttentionParams& p, int64_t task, void* scratch) {
+  const auto [group, index, split] = task_of(p, task);
+  if (index % kShared) return;
+  Arena arena{static_cast<char*>(scratch)};
+  Scratch s[kShared];
+  QueryBlock block[kShared];
+  int count = 0;
+  int64_t begin = INT64_MAX, end = 0;
+  s[0] = layout<float, Way::split, kForm>(p, arena);
+  for (int i = 1; i < kShared; ++i) {
+    s[i] = s[0];
+    layout_rows<Way::split>(p, arena, s[i]);
+  }
+  do {
+    begin_block(p, group, index + count, block[count]);
+    begin_rows<float, Way::split, kForm>(p, block[count], s[count], split);
+    begin = min64(begin, block[count].begin), end = max64(end, block[count].end);
+    ++count;
+  } while (count < kShared && index + count < block[0].sequence.plan.blocks);
+
+  begin_tiles();
+  for_keys(block[0].sequence.plan, split, begin, end, kPair, [&](int64_t key, int keys) {
+    const KeyRows<float> k =
+        key_rows(p, block[0], p.k, p.k_stride, key, keys, p.dim, static_cast<float*>(s[0].k_page));
+    split_strips<true>(k.first, k.stride, 1, keys, p.dim, s[0].k);
+    const KeyRows<float> v = key_rows(p, block[0], p.v, p.v_stride, key, keys, p.dim_v,
+                                      static_cast<float*>(s[0].v_page));
+    split_strips<true>(v.first, 1, v.stride, p.dim_v, keys, s[0].v);
+    for (int i = 0; i < count; ++i) {
+      if (key < block[i].end && key + keys > block[i].begin)
+        add_keys<float, Way::split, kForm>(p, block[i], s[i], key, keys);
+    }
+  });
+  end_tiles();
+  for (int i = 0; i < count; ++i) finish_rows<float, kForm>(p, block[i], s[i], group, split);
+}
+#endif
+
+#ifdef LLMOPS_HAS_TILES
+// fp32 by AMX, from where splitting keys and values is paid for (benchmarks/NOTES.md).
+constexpr int64_t kSplitRows = 128, kSplitFrom = 512;
+LLMOPS_INLINE bool takes_split(const AttentionParams& p, int64_t task) {
+  if (p.type != DType::f32 || active_isa() != Isa::amx) return false;
+  const AttentionSequence sequence = sequence_of(p, task_of(p, task).group / p.kv_heads);
+  return p.heads / p.kv_heads * sequence.queries >= kSplitRows && sequence.keys >= kSplitFrom;
+}
+#endif
 
 template <class T, Way kWay>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
@@ -274,10 +239,15 @@ int64_t attention_fwd_scratch(const AttentionParams& p) {
   Arena widened{nullptr}, paired{nullptr};
   if (p.type == DType::f32) {
     layout<float, Way::widened, kModified>(p, widened);
+#ifdef LLMOPS_HAS_TILES
+    layout<float, Way::split, kModified>(p, paired);
+    Scratch other{};
+    for (int i = 1; i < kShared; ++i) layout_rows<Way::split>(p, paired, other);
+#endif
   } else {
     layout<bf16, Way::widened, kModified>(p, widened);
+    layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(p, paired);
   }
-  layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(p, paired);
   return max64(widened.next - static_cast<char*>(nullptr),
                paired.next - static_cast<char*>(nullptr));
 }
@@ -289,10 +259,16 @@ void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
         return dispatch<bf16, Way::pairs>(p, task, scratch);
       case Way::tiles:
         return dispatch<bf16, kHasTiles ? Way::tiles : Way::pairs>(p, task, scratch);
+      case Way::split:
       case Way::widened:
         break;
     }
   }
+#ifdef LLMOPS_HAS_TILES
+  if (takes_split(p, task))
+    return is_modified(p) ? run_split<kModified>(p, task, scratch)
+                          : run_split<kPlain>(p, task, scratch);
+#endif
   LLMOPS_DISPATCH(p.type, T, (dispatch<T, Way::widened>(p, task, scratch)));
 }
 

@@ -24,8 +24,8 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
-// How products are computed: of bf16 there are three ways.
-enum class Way { widened, pairs, tiles };
+// How products are computed: of bf16 there are three ways, and fp32 may be split into bf16 parts.
+enum class Way { widened, pairs, tiles, split };
 // Pairs know a sign of the scale, not the factor 0.
 LLMOPS_INLINE Way way_of(const AttentionParams& p) {
   if (!kHasPairs || p.type != DType::bf16 || p.scale == 0.0f) return Way::widened;

@@ -1,0 +1,147 @@
+// What attention's forward holds for a block of query rows: its scratch, how rows begin and end,
+// and the blocks of keys that they see.
+#pragma once
+#include "attention_score.h"
+#include "attention_split.h"
+#include "attention_tile.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int kShared = 4;     // blocks of queries that share keys in strips
+constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
+
+struct Scratch {
+  float* q;                    // [padded D][64], or pairs [padded D / 2][64]
+  float* q_split;              // the strips of q
+  float* s;                    // [kKeys][64]: scores, then probabilities
+  float* pairs;                // [kKeys / 2][64]: probabilities as bf16 pairs; or a strip of s
+  float* o;                    // [padded Dv][64]
+  float *k, *v;                // a block of keys and values, widened, paired or in strips
+  void *k_page, *v_page;       // the same as they come, from several pages
+  float* bias;                 // the mask of a block
+  float* keep;                 // [kKeys][64], or null without dropout
+  float *m, *l, *alpha, *top;  // [64]
+};
+
+// What each block of rows has of its own.
+template <Way kWay>
+LLMOPS_INLINE void layout_rows(const AttentionParams& p, Arena& arena, Scratch& s) {
+  s.q = arena.take<float>(round_up(p.dim, 2 * W) * kLanes);
+  s.o = arena.take<float>(round_up(p.dim_v, 2 * W) * kLanes);
+#ifdef LLMOPS_HAS_TILES
+  if (kWay == Way::split) s.q_split = arena.take<float>(strips_size(kLanes, p.dim));
+#endif
+  s.m = arena.take<float>(kLanes);
+  s.l = arena.take<float>(kLanes);
+  s.alpha = arena.take<float>(kLanes);
+  s.top = arena.take<float>(kLanes);
+}
+
+template <class T, Way kWay, bool kForm>
+LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+  const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
+  Scratch s{};
+  layout_rows<kWay>(p, arena, s);
+  s.s = arena.take<float>(kKeys * kLanes);
+  if (kWay == Way::split) {
+#ifdef LLMOPS_HAS_TILES
+    s.pairs = arena.take<float>(strips_size(kPair, kKeys));
+    s.k = arena.take<float>(strips_size(kKeys, p.dim));
+    s.v = arena.take<float>(strips_size(p.dim_v, kKeys));
+#endif
+  } else if (kWay != Way::widened) {
+    s.pairs = arena.take<float>(kKeys / 2 * kLanes);
+    s.k = arena.take<float>(p.dim % 2 || kWay == Way::tiles ? kKeys * dim / 2 : 0);
+    s.v = arena.take<float>(kKeys / 2 * dim_v);
+  } else if (sizeof(T) == 2) {
+    s.k = arena.take<float>(kKeys * dim);
+    s.v = arena.take<float>(kKeys * dim_v);
+  }
+  if (p.page > 0) {
+    s.k_page = arena.take<T>(kKeys * p.dim);
+    s.v_page = arena.take<T>(kKeys * p.dim_v);
+  }
+  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kKeys));
+  if (kForm && p.dropout.active) s.keep = arena.take<float>(kKeys * kLanes);
+  return s;
+}
+
+// The queries, packed as the way wants them, and nothing seen yet.
+template <class T, Way kWay, bool kForm>
+LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
+                              int64_t split) {
+  const T* row[kLanes];
+  block_rows(block, static_cast<const T*>(p.q), p.q_stride, row);
+  const float sign = split_scale(p.scale).query;
+  if constexpr (kWay == Way::pairs || kWay == Way::tiles) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+    pack_lane_pairs(row, block.count, p.dim, sign < 0.0f, s.q);
+#endif
+  } else {
+    pack_lanes(row, block.count, p.dim, sign, s.q);
+  }
+#ifdef LLMOPS_HAS_TILES
+  if constexpr (kWay == Way::split)
+    split_strips<false>(s.q, 1, kLanes, block.vecs * W, p.dim, s.q_split);
+#endif
+  const int64_t whole = kWay == Way::split ? 32 : kWay == Way::tiles ? 16 : 1;
+  for (int j = 0; j < block.vecs; ++j) {
+    store(s.m + j * W, set1(-kInf));
+    store(s.l + j * W, zero());
+    for (int64_t d = 0; d < round_up(p.dim_v, whole); ++d) store(s.o + d * kLanes + j * W, zero());
+  }
+  if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
+    for (int i = 0; i < block.count; ++i) {
+      s.m[i] = p.sinks[block.head[i]];
+      s.l[i] = s.m[i] == -kInf ? 0.0f : 1.0f;
+    }
+  }
+}
+
+// Results and their log-sum-exp, or one split's partial ones.
+template <class T, bool kForm>
+LLMOPS_INLINE void finish_rows(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
+                               int64_t group, int64_t split) {
+  const AttentionPlan& plan = block.sequence.plan;
+  const float unit = kForm ? 1.0f : kLn2;
+  float lse[kLanes];
+  for (int j = 0; j < block.vecs; ++j) {
+    const Vec l = load(s.l + j * W);
+    // A row that saw nothing has l = 0: its factor 0 makes it zeros.
+    store(s.alpha + j * W, select(equal(l, zero()), zero(), set1(1.0f) / l));
+  }
+  for (int i = 0; i < block.count; ++i)
+    lse[i] = s.l[i] == 0.0f ? -kInf : s.m[i] * unit + __builtin_logf(s.l[i]);
+  if (plan.splits == 1) {
+    T* out[kLanes];
+    block_rows(block, static_cast<T*>(p.out), p.out_stride, out);
+    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
+    for (int i = 0; i < block.count; ++i) p.lse[lse_at(p, block, i)] = lse[i];
+  } else {
+    const int64_t rows = p.heads / p.kv_heads * block.sequence.queries, width = p.dim_v + 1;
+    const int64_t start = partial_start(p, block.sequence, group, plan.splits * rows);
+    float* base = p.partial + (start + split * rows + block.first) * width;
+    float* out[kLanes];
+    for (int i = 0; i < block.count; ++i) out[i] = base + i * width;
+    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
+    for (int i = 0; i < block.count; ++i) out[i][p.dim_v] = lse[i];
+  }
+}
+
+// f(key, keys) over [begin, end) of one split: blocks of equal size, so that the last one is not a
+// sliver, in multiples of `whole`.
+template <class F>
+LLMOPS_INLINE void for_keys(const AttentionPlan& plan, int64_t split, int64_t begin, int64_t end,
+                            int64_t whole, const F& f) {
+  const int64_t part = plan.first_key + split * plan.split_keys;
+  begin = max64(begin, part), end = min64(end, part + plan.split_keys);
+  if (end <= begin) return;
+  const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
+  const int64_t step = round_up((end - begin + blocks - 1) / blocks, whole);
+  for (int64_t key = begin; key < end; key += step)
+    f(key, static_cast<int>(min64(step, end - key)));
+}
+
+}  // namespace
+}  // namespace llmops::cpu::LLMOPS_ISA
