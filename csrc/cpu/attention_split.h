@@ -43,9 +43,9 @@ LLMOPS_OUTLINE void update_by_strips(const float* v, int64_t v_steps, int64_t ro
     const int first = j / 2 * 2;
     const int64_t steps = tiled_steps(visible[j + columns - 1]);
     for (int c = first; c < first + 2; ++c) {
-      for (int i = c >= j && c < vecs ? visible[c] : 0; i < steps * kDepth; ++i)
-        store(p + i * kLanes + c * W, zero());
-      if (c >= j && c < vecs) rescale(out, rows, c, alpha);
+      const int seen = c < vecs ? visible[c] : 0;
+      for (int i = seen; i < steps * kDepth; ++i) store(p + i * kLanes + c * W, zero());
+      if (seen > 0) rescale(out, rows, c, alpha);
     }
     split_strip<false>(p + first * W, 1, kLanes, kPair, steps * kDepth, strip);
     for (int64_t d = 0; d < rows; d += kPair, v += v_steps * kStepFloats)
