@@ -95,6 +95,30 @@ except AssertionError as error:
     assert "(1, 70000, 1) is beyond CUDA's" in out
 
 
+def test_aot_tells_table_entries_that_no_call_looks_up() -> None:
+    """Those of rows of other lengths than the calls', and one that a call replaced by its own."""
+    code = """
+from llmops.kernels.triton import _config, _rows
+def calls(make, call):
+    call("n=64", "softmax", make(4096, 64))
+    with _config.override("softmax", num_warps=8):
+        call("n=128", "softmax", make(4096, 128))
+sys.modules["aot_calls.softmax"] = module = type(sys)("calls")
+module.calls = calls
+recorder = aot_compile.Recorder()
+recorder.run("softmax", "sm_90", "bf16")
+found = list(aot.unreached(recorder.choices, ["softmax"]))
+first = "table entry softmax 16 float32 sm_90 (BLOCK=16 ROWS=16 num_warps=1): no call"
+assert found[0].startswith(first)
+told = {line.split(" (")[0].removeprefix("table entry softmax ") for line in found}
+every = {f"{n} {dtype} sm_90" for n in _rows.lengths() for dtype in ("float32", "bfloat16")}
+assert told == every - {"64 bfloat16 sm_90"}
+assert sum("softmax 32768 bfloat16" in line for line in found) == 2  # with a mask, and without
+assert not list(aot.unreached(recorder.choices, ["gelu"]))
+"""
+    in_fresh_python(code)
+
+
 def test_aot_recording_launches_nothing() -> None:
     """Meta tensors in, launches out, tables asked for the architecture that was named; the next
     call is one of the device again."""

@@ -219,7 +219,7 @@ with llmops.use_backend("triton"):
         want = outcome(case, case.torch)
         with _config.watching() as seen:
             case.ours()
-        for op, key in dict.fromkeys(seen):
+        for op, key in dict.fromkeys((op, key) for op, key, _ in seen):
             options = tune.candidates(op, key)
             assert 1 < len(options) < 64, (op, key, len(options))
             reached.add(op)

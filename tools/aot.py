@@ -19,7 +19,8 @@ What is compiled, and how: aot_compile.py. Rules:
 - what takes tensor descriptors loads by them: UTMALDG, TMA's instruction
 - against the table: no entry more or less, no spill, nothing moved and no shared memory more, at
   most SLACK registers more, no instruction lost
-- every launcher and every kernel of kernels/triton has an entry
+- every launcher and every kernel of kernels/triton has an entry, and some call looks up each answer
+  of each configuration table (`entries` of the ops' files)
 
 Another version of Triton: PYTHONPATH=build/triton-3.6.0 python tools/aot.py --target sm_80 ...
 """
@@ -35,7 +36,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from aot_compile import ROOT, TARGETS, VERSION, Entry, Job, missing, ops, record
+from aot_compile import ROOT, TARGETS, VERSION, Entry, Job, missing, ops, record, unreached
 from rotation import parse as part_of  # of tests, whose path aot_compile knows
 
 # KiB of shared memory that one program may have.
@@ -182,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = [j for j in every if part is None or zlib.crc32(j.name.encode()) % part.of == part.index]
     start = time.monotonic()
     entries, problems = compile_all(todo, arguments.verbose)
+    problems += unreached(recorder.choices, names)
     if whole:
         problems += missing(recorder.launchers, recorder.kernels)
     table = read(TABLE)

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from llmops.kernels.triton import _launch  # noqa: E402
+from llmops.kernels.triton import _config, _launch, _rows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
@@ -133,9 +133,24 @@ class Make:
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
+    def lengths(self, longest: int = _rows.LONGEST) -> list[int]:
+        """Of the rows of a table, the longest of each bracket; of fp16 one, as bf16 tells."""
+        return [longest] if self.dtype == torch.float16 else _rows.lengths(longest)
+
 
 def ops() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "tools" / "aot_calls")]))
+
+
+Choice = tuple[str, str, Any, Any]  # target, op, key, configuration
+
+
+def _choice(target: str, op: str, key: Any, config: dict[str, Any]) -> Choice:
+    return target, op, key, tuple(sorted(config.items()))
+
+
+def _recording(target: str) -> Any:
+    return _launch.recording(target.replace("sm_", "sm"))
 
 
 class Recorder:
@@ -145,6 +160,7 @@ class Recorder:
         self.jobs: dict[str, Job] = {}
         self.launchers: set[str] = set()
         self.kernels: set[str] = set()
+        self.choices: set[Choice] = set()
         self._seen: set[Any] = set()
 
     def run(self, op: str, target: str, tag: str) -> None:
@@ -152,8 +168,9 @@ class Recorder:
 
         def call(label: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
             self.launchers.add(launcher)
-            with _launch.recording(target.replace("sm_", "sm")) as launches:
+            with _recording(target) as launches, _config.watching() as choices:
                 result = getattr(get("triton"), launcher)(*args, **kwargs)
+            self.choices |= {_choice(target, *choice) for choice in choices}
             if not launches:
                 raise AssertionError(f"{op}: {launcher} {label} launched no kernel")
             for launch in launches:
@@ -204,6 +221,23 @@ def _specialize(launch: Any, label: str, target: str) -> tuple[Any, dict[str, An
     )
     key = (kernel.__name__, str(signature), str(constants), str(attributes), str(options))
     return ASTSource(kernel, signature, constants, attributes), options, key
+
+
+def unreached(choices: set[Choice], names: Iterable[str]) -> Iterator[str]:
+    """Table entries that no call of these files of aot_calls looked up. fp16's are bf16's."""
+    files = get("triton")._FILES
+    for target, op in sorted({choice[:2] for choice in choices}):
+        if files[op].removesuffix("_bwd") not in names:
+            continue
+        module = importlib.import_module(f"{kernels.__name__}.{files[op]}")
+        with _recording(target):
+            entries = [*module.entries(op, torch.float32), *module.entries(op, torch.bfloat16)]
+        for entry in dict.fromkeys(_choice(target, op, *e) for e in entries):
+            if entry not in choices:
+                key = " ".join(str(part).removeprefix("torch.") for part in entry[2])
+                config = " ".join(f"{name}={value}" for name, value in entry[3])
+                what = "no call of tools/aot_calls looks it up"
+                yield f"table entry {op} {key} {target} ({config}): {what}"
 
 
 def missing(launchers: set[str], called: set[str]) -> Iterator[str]:

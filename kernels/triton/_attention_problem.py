@@ -93,6 +93,14 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
     return {"BLOCK_M": 128, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps, "num_stages": 2}
 
 
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    """Of usual heads, and of 128 with a mask and with dropout: no other has calls yet."""
+    for dim in (128,) if dtype == torch.float32 else (64, 128, 256):
+        for form in (0, BOOL_MASK.value, DROPOUT.value)[: 3 if dim == 128 else 1]:
+            general = form & GENERAL.value != 0
+            yield (dim, dtype, general), table(dim, dtype, op == "attention_bwd", 4096, form)
+
+
 def candidates(op: str, key: tuple[int, torch.dtype, bool]) -> Iterator[_config.Config]:
     """What `llmops tune` tries beside the table; CHUNK stays the table's. Backward, BLOCK_M is what
     a program holds and BLOCK_N what it walks over, and both forms of dQ are tried. Forward, full

@@ -4,7 +4,8 @@ Each op's file has its table, a function of what matters (row length or head dim
 architecture) that gives a configuration: a dict of constexprs with num_warps and num_stages.
 `choose` takes, in this order: what `override` says (tests, tuning), what `llmops tune` found on
 this device, and the table's. Where a file has `candidates(op, key)`, `llmops tune` tries
-those; what they do not name is the table's.
+those; what they do not name is the table's. `entries(op, dtype)` are the table's answers, each
+with a key that asks for it: the ahead-of-time gate wants a call for each.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Key = tuple[Any, ...]
 # device -> op -> key -> configuration: what tuning found there, of devices that were asked for.
 _tuned: dict[int | None, dict[str, dict[Key, Config]]] = {}
 _overrides: dict[str, Config] = {}
-_watchers: list[list[tuple[str, Key]]] = []
+_watchers: list[list[tuple[str, Key, Config]]] = []
 
 
 @contextlib.contextmanager
@@ -44,9 +45,9 @@ def override(op: str, **values: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[list[tuple[str, Key]]]:
-    """The (op, key) of the choices made within."""
-    seen: list[tuple[str, Key]] = []
+def watching() -> Iterator[list[tuple[str, Key, Config]]]:
+    """The (op, key, configuration) of the choices made within."""
+    seen: list[tuple[str, Key, Config]] = []
     _watchers.append(seen)
     try:
         yield seen
@@ -56,15 +57,17 @@ def watching() -> Iterator[list[tuple[str, Key]]]:
 
 def choose(op: str, key: Key, table: Config) -> Config:
     """The configuration of a call of `op`; `table` is the op's own answer for `key`."""
-    for seen in _watchers:
-        seen.append((op, key))
     config = table
     if not _launch.INTERPRETED and not _launch.is_recording():
         here = _tuned.get(_launch.current_device())
         found = (load() if here is None else here).get(op)
         config = table if found is None else {**table, **found.get(key, {})}
     forced = _overrides.get(op)
-    return config if forced is None else {**config, **forced}
+    if forced is not None:
+        config = {**config, **forced}
+    for seen in _watchers:
+        seen.append((op, key, config))
+    return config
 
 
 # ---- what tuning found, kept in a file -----------------------------------------------------------

@@ -31,10 +31,18 @@ def as_matrices(*tensors: Tensor) -> list[Tensor]:
 
 
 def table(rows: int, n: int) -> _config.Config:
-    """Rows per program, block and warps: a guess, neither measured nor compiled for a GPU yet."""
-    block = min(_rows.power_of_2(n), _rows.TILE // 2)
-    many = max(1, min(_rows.TILE // 2 // block, 16, _rows.power_of_2(rows)))
+    """Rows per program, block and warps, not measured. One run has whole blocks, however short."""
+    most = _rows.TILE // 2
+    block = most if rows == 1 else _rows.block(n, most)
+    many = min(most // block, 16)
     return {"ROWS": many, "BLOCK": block, "num_warps": min(max(many * block // 512, 1), 4)}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    """Of one run, and of rows."""
+    yield (_rows.TILE, dtype), table(1, _rows.TILE)
+    for n in _rows.lengths(_rows.TILE // 2):
+        yield (n, dtype), table(2, n)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:

@@ -144,8 +144,17 @@ def norm_fwd_long_kernel(
 LOOPED: _config.Config = {"BLOCK": 2048, "num_warps": 8}
 
 
+def _table(n: int) -> _config.Config:
+    return LOOPED if n > _rows.LONGEST else _rows.tile(n, per_thread=16)
+
+
 def flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous().view(-1)
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths():
+        yield (n, dtype), _table(n)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
@@ -172,8 +181,7 @@ def forward(
     source = _rows.as_rows(x, dims)
     added = None if residual is None else _rows.as_rows(residual, dims)
     (rows, n), added_row = source.shape, 0 if added is None else added.stride(0)
-    table = LOOPED if n > _rows.LONGEST else _rows.tile(n, per_thread=16)
-    config = _config.choose(op, (_rows.power_of_2(n), x.dtype), table)
+    config = _config.choose(op, (_rows.power_of_2(n), x.dtype), _table(n))
     # Of rows whose elements come one by one a thread of 16 warps has too few registers: 36 spill.
     if centered and n > 8192 and n % 16 and "ROWS" in config:
         config = LOOPED

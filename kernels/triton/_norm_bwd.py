@@ -224,6 +224,11 @@ def _backward_table(n: int, dtype: torch.dtype) -> _config.Config:
     return {**config, "HOLD": hold, "STAGES": stages, "PER_PROCESSOR": 1 + small}
 
 
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths(LONGEST_BACKWARD):
+        yield (n, dtype), _backward_table(n, dtype)
+
+
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
     """What `llmops tune` tries beside the table."""
     n = key[0]

@@ -15,6 +15,8 @@ from torch import Tensor
 TILE = 4096
 # The longest row held in registers; longer ones are looped over.
 LONGEST = 16384
+# Shorter ones have blocks of so many elements: fewer forms to compile.
+SHORTEST = 16
 
 
 @triton.jit
@@ -32,13 +34,23 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def block(n: int, most: int = LONGEST) -> int:
+    """The least power of two that holds n elements: of SHORTEST to `most`."""
+    return min(max(power_of_2(n), SHORTEST), most)
+
+
+def lengths(longest: int = LONGEST) -> list[int]:
+    """The longest row of each `block` up to `longest`, and one of the rows beyond."""
+    return [SHORTEST << i for i in range((2 * longest // SHORTEST).bit_length())]
+
+
 def tile(n: int, per_thread: int = 32) -> _config.Config:
     """Rows of n elements in registers, about TILE elements per program, and the warps (of 32) that
     leave `per_thread` of them to a thread: not measured yet; from ahead-of-time inspection."""
-    block = power_of_2(n)
-    rows = max(1, min(TILE // block, 16))
-    warps = min(max(rows * block // (32 * per_thread), 1), 16)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+    size = block(n)
+    rows = max(1, min(TILE // size, 16))
+    warps = min(max(rows * size // (32 * per_thread), 1), 16)
+    return {"ROWS": rows, "BLOCK": size, "num_warps": warps}
 
 
 def tiles(n: int, most: int = 2048) -> Iterator[_config.Config]:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from llmops.kernels.triton import _attention_problem
 from llmops.kernels.triton import _attention_tile as tile
 from llmops.kernels.triton._attention_problem import Problem, heads_like
-from llmops.kernels.triton._attention_problem import candidates as candidates  # llmops tune's
 from llmops.kernels.triton._attention_tile import (
     ADDED_MASK,
     ALIBI,
@@ -181,6 +181,8 @@ def attention_fwd_kernel(
 
 
 # ---- launchers -----------------------------------------------------------------------------------
+
+candidates, entries = _attention_problem.candidates, _attention_problem.entries
 
 
 def forward(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from llmops.kernels.triton import _attention_problem
 from llmops.kernels.triton._attention_bwd_mask import attention_bwd_dmask_kernel
 from llmops.kernels.triton._attention_bwd_prepare import attention_prepare_kernel
 from llmops.kernels.triton._attention_bwd_tile import (
@@ -27,7 +28,6 @@ from llmops.kernels.triton._attention_bwd_tile import (
     cut_blocks,
 )
 from llmops.kernels.triton._attention_problem import Problem, dense, heads_like
-from llmops.kernels.triton._attention_problem import candidates as candidates  # llmops tune's
 from llmops.kernels.triton._attention_tile import (
     ADDED_MASK,
     ALIBI,
@@ -188,6 +188,8 @@ def attention_bwd_dq_kernel(
 
 
 # ---- launchers -----------------------------------------------------------------------------------
+
+candidates, entries = _attention_problem.candidates, _attention_problem.entries
 
 
 def backward(

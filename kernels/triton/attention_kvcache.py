@@ -187,6 +187,11 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
             **bound}  # fmt: skip
 
 
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    """None yet: calls have three head dimensions, few and many rows."""
+    return iter(())
+
+
 def candidates(op: str, key: tuple[int, int, torch.dtype, bool]) -> Iterator[_config.Config]:
     """What `llmops tune` tries beside the table."""
     for block_m in (16, 32, 64):

@@ -147,11 +147,17 @@ REDUCED = 4096
 
 def _table(n: int, heavy: bool) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection. heavy: fp32 with label smoothing."""
-    block = _rows.power_of_2(n)
+    block = _rows.block(n)
     if block > TILE:  # lanes are a 16-byte load of 16-bit logits for each of 256 threads
         return {"ROWS": 1, "PARTS": 2 if heavy else 4, "LANES": 2048, "num_warps": 8}
     rows = min(TILE // block, 16)
     return {"ROWS": rows, "PARTS": 1, "LANES": block, "num_warps": max(rows * block // 512, 1)}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths(TILE):
+        for heavy in (False, True)[: 2 if dtype == torch.float32 else 1]:
+            yield (n, dtype), _table(n, heavy)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
@@ -191,9 +197,9 @@ def cross_entropy(
     source, where, last = _rows.broadcast(x, x.shape)
     heavy = x.dtype == torch.float32 and label_smoothing > 0
     config = _config.choose("cross_entropy", (_rows.power_of_2(n), x.dtype), _table(n, heavy))
-    # Told none of them, ptxas spills a few of those that smoothing takes.
+    # Told none of them, ptxas spills a few where a program has several rows.
     smooth = label_smoothing > 0
-    bound = all_registers(config["num_warps"]) if smooth and config["PARTS"] == 1 else {}
+    bound = all_registers(config["num_warps"]) if config["PARTS"] == 1 else {}
     launch(
         cross_entropy_fwd_kernel, (cdiv(rows, config["ROWS"]),),
         source, ids, weight, losses, lse, rows, n, *where, last, ignore_index,

@@ -144,11 +144,16 @@ def cross_entropy_bwd_kernel(
 
 
 def _table_bwd(n: int) -> _config.Config:
-    block = min(_rows.power_of_2(n), TILE)
+    block = _rows.block(n, TILE)
     # Of short rows a thread has its elements in many, and each row's scalars cost it registers:
     # warps lie along a row first, so that a thread may have all the rows. Of 16, 99 spill.
     rows = min(TILE // block, 8, max(block // 8, 1))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // 512, 1)}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths(TILE):
+        yield (n, dtype), _table_bwd(n)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:

@@ -88,14 +88,19 @@ PLACES = 8
 
 def _table(dim: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection."""
-    block = min(_rows.power_of_2(dim), TILE)
+    block = _rows.block(dim, TILE)
     return {"TOKENS": min(TILE // block, 64), "BLOCK": block, "num_warps": 4}
 
 
 def _table_bwd(dim: int) -> _config.Config:
-    block = min(_rows.power_of_2(dim), TILE // 4)
+    block = _rows.block(dim, TILE // 4)
     rows = min(2 * TILE // (PLACES * block) or 1, 64)
     return {"ROWS": rows, "PLACES": PLACES, "BLOCK": block, "num_warps": 4}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for dim in _rows.lengths(TILE if op == "embedding" else TILE // 4):
+        yield (dim, dtype), (_table if op == "embedding" else _table_bwd)(dim)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:

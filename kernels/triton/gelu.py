@@ -42,7 +42,7 @@ def gelu_bwd_kernel(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
-candidates = _elementwise.candidates
+candidates, entries = _elementwise.candidates, _elementwise.entries
 
 
 def gelu(x: Tensor, tanh: bool) -> Tensor:

@@ -13,6 +13,9 @@ Kwon et al., "PagedAttention", 2023.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
@@ -66,8 +69,13 @@ def kv_cache_append_kernel(
 def _table(n: int, size: int) -> _config.Config:
     """Few rows per program, for a decode step has few: 32 bytes to a thread, whose addresses are
     64-bit. Not measured yet; from ahead-of-time inspection."""
-    block = min(_rows.power_of_2(n), 512)
+    block = _rows.block(n, 512)
     return {"ROWS": max(1, min(2048 // size // block, 16)), "BLOCK": block, "num_warps": 2}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths(512):
+        yield (n, dtype), _table(n, dtype.itemsize)
 
 
 def kv_cache_append_(

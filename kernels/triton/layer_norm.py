@@ -11,6 +11,10 @@ from llmops.kernels.triton import _config, _norm, _norm_bwd
 from torch import Tensor
 
 
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    return (_norm_bwd if op.endswith("_bwd") else _norm).entries(op, dtype)
+
+
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
     return (_norm_bwd if op.endswith("_bwd") else _norm).candidates(op, key)
 

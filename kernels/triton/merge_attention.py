@@ -107,8 +107,13 @@ def merge_attention_bwd_kernel(
 
 def _table(n: int, tile: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection."""
-    block = min(_rows.power_of_2(n), 512)
+    block = _rows.block(n, 512)
     return {"ROWS": max(1, min(tile // block, 32)), "BLOCK": block, "num_warps": 4}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths(512):
+        yield (n, dtype), _table(n, 4096 if op == "merge_attention" else 2048)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import cdiv, launch
+from llmops.kernels.triton._launch import all_registers, cdiv, launch
 from torch import Tensor
 
 
@@ -110,10 +110,17 @@ GROUP = 8
 
 def _table(half: int, heads: int, tokens: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection."""
-    block = min(_rows.power_of_2(half), PAIRS)
+    block = _rows.block(half, PAIRS)
     group = min(_rows.power_of_2(heads), GROUP, PAIRS // block)
-    held = min(PAIRS // block // group, _rows.power_of_2(tokens), 64)
+    held = 1 if tokens == 1 else PAIRS // block // group
     return {"TOKENS": held, "GROUP": group, "BLOCK": block, "num_warps": 4}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for half in _rows.lengths(PAIRS):
+        for heads in (1, 2, 4, 8):
+            for tokens in (1, 2):
+                yield (half, dtype), _table(half, heads, tokens)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
@@ -148,6 +155,9 @@ def _run(
     config = _config.choose(
         "rope", (_rows.power_of_2(half), q.dtype), _table(half, max(q_heads, k_heads), tokens)
     )
+    # Told none of them, ptxas spills two words of neighbouring pairs, and of short heads.
+    short = config["BLOCK"] <= 32
+    bound = all_registers(config["num_warps"]) if interleaved or short else {}
     groups = cdiv(q_heads, config["GROUP"]) + cdiv(k_heads, config["GROUP"])
     grid = (batch * cdiv(tokens, config["TOKENS"]) * groups,)
     arguments = (q, k, q_out, k_out, cos, sin, position_ids, tokens, q_heads, k_heads, half, dim)
@@ -156,7 +166,7 @@ def _run(
         *q.stride(), *(nothing if k is None else k.stride()),
         *q_out.stride(), *(nothing if k_out is None else k_out.stride()),
         *table_strides, *ids_strides,
-        INTERLEAVED=interleaved, INVERSE=inverse, IN_PLACE=q_out is q, **config,
+        INTERLEAVED=interleaved, INVERSE=inverse, IN_PLACE=q_out is q, **config, **bound,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from llmops.kernels.triton import _config, _rows
-from llmops.kernels.triton._launch import architecture, cdiv, launch
+from llmops.kernels.triton._launch import all_registers, architecture, cdiv, launch
 from torch import Tensor
 
 
@@ -205,9 +205,14 @@ def _table(n: int) -> _config.Config:
     """Not measured yet; from ahead-of-time inspection. Interpreted, a few large programs."""
     interpreted = architecture() == "interpreter"
     tile, most = (1 << 17, 4096) if interpreted else (2048, 2)
-    block = min(_rows.power_of_2(n), tile)
+    block = _rows.block(n, tile)
     rows = min(tile // block, most)
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block // 512, 1)}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths(2048):
+        yield (n, dtype), _table(n)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:
@@ -237,9 +242,11 @@ def sample(
     if uniform is None:
         launch(sample_greedy_kernel, grid, source, token, *arguments, **config)
         return token
+    # Told none of them, ptxas spills a few words of two rows' state.
+    bound = all_registers(config["num_warps"]) if config["ROWS"] > 1 else {}
     launch(
         sample_kernel, grid, source, uniform.contiguous(), token, *arguments,
         max(temperature, _LEAST_TEMPERATURE), top_k, top_p, min_p, TOP_K=0 < top_k < n,
-        TOP_P=top_p < 1.0, SHIFT=_SHIFT[logits.dtype], **config,
+        TOP_P=top_p < 1.0, SHIFT=_SHIFT[logits.dtype], **config, **bound,
     )  # fmt: skip
     return token

@@ -145,7 +145,14 @@ def _table(n: int, masked: bool = False) -> _config.Config:
         return _rows.tile(n)
     if architecture() == "sm90" and not masked:
         return {"BLOCK": 16384, "num_warps": 32}
-    return {"BLOCK": 8192, "num_warps": 16}
+    # On sm_120 ptxas holds 16 elements to a thread in 64 registers, and spills.
+    return {"BLOCK": 4096 if architecture() == "sm120" else 8192, "num_warps": 16}
+
+
+def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
+    for n in _rows.lengths():
+        for masked in (False, True)[: 1 if op == "softmax_bwd" else 2]:
+            yield (n, dtype), _table(n, masked)
 
 
 def candidates(op: str, key: tuple[int, torch.dtype]) -> Iterator[_config.Config]:

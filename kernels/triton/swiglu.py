@@ -56,7 +56,7 @@ def glu_bwd_kernel(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
-candidates = _elementwise.candidates
+candidates, entries = _elementwise.candidates, _elementwise.entries
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def _asked(collected: Iterable[Case]) -> Iterable[tuple[Case, str, Any, list[dic
             continue
         with _config.watching() as seen:
             case.ours()
-        for op, key in dict.fromkeys(seen):
+        for op, key in dict.fromkeys((op, key) for op, key, _ in seen):
             options = candidates(op, key)
             if (op, key) not in done and options:
                 done.add((op, key))

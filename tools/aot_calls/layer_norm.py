@@ -1,4 +1,4 @@
-"""layer_norm: short rows, rows in registers, odd and long ones; with a residual; mixed dtypes."""
+"""layer_norm: rows of each length of the table, odd ones; with a residual; mixed dtypes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ import torch
 
 
 def calls(make: Any, call: Any) -> None:
-    for rows, n in ((65536, 64), (8192, 768), (8192, 4096), (4096, 8192), (2048, 32768)):
-        x, weight = make(rows, n), make(n)
-        # With a residual, of the same code and more; without, where there is most of it alive.
-        if n in (768, 32768):
-            call(f"n={n}", "add_layer_norm", x, x, weight, weight, 1e-5)
-            call(f"n={n} dh", "layer_norm_bwd", x, x, x, weight, weight, 1e-5)
-        else:
-            call(f"n={n}", "layer_norm", x, weight, weight, 1e-5)
-            call(f"n={n}", "layer_norm_bwd", x, x, None, weight, weight, 1e-5)
-    # Of the longest rows in registers; odd ones, which are looped over.
-    for n in (12288, 8193):
+    for n in make.lengths():
         x, weight = make(4096, n), make(n)
         call(f"n={n}", "layer_norm", x, weight, weight, 1e-5)
+        call(f"n={n}", "layer_norm_bwd", x, x, None, weight, weight, 1e-5)
+    for n in (768, 32768):
+        x, weight = make(4096, n), make(n)
+        call(f"n={n} residual", "add_layer_norm", x, x, weight, weight, 1e-5)
+        call(f"n={n} dh", "layer_norm_bwd", x, x, x, weight, weight, 1e-5)
+    # Odd ones, which are looped over sooner.
+    x, weight = make(4096, 8193), make(8193)
+    call("n=8193", "layer_norm", x, weight, weight, 1e-5)
     x, wide = make(8192, 1000), make(8192, 1000, dtype=torch.float32)
     call("n=1000 fp32 h", "add_layer_norm", x, wide, None, None, 1e-5)
     call("n=1000 fp32 h", "layer_norm_bwd", x, wide, wide, None, None, 1e-5, 1, True, True)

@@ -1,4 +1,4 @@
-"""rope: q and k of usual models, every variant; long, short and odd heads."""
+"""rope: q and k of usual models, every variant; heads of each size, few and many, and tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def calls(make: Any, call: Any) -> None:
     call("d=128 token-major", "rope_qk", *token_major, cos, sin, None, False, False, True)
     step = make(64, 32, 1, 128), make(64, 8, 1, 128)
     call("d=128 decode in place", "rope_qk_", *step, cos, sin, make(64, 1, dtype=torch.int64))
-    for heads, dim, rotated in ((12, 64, 64), (32, 80, 32), (1, 4096, 4096)):
-        x = make(2, heads, 2048, dim)
-        label = f"d={dim} of {rotated}"
-        call(label, "rope", x, *tables(2048, rotated // 2))
-    call(f"{label} pairs", "rope", x, *tables(2048, rotated // 2), None, True)
+    call("d=80 of 32", "rope", make(2, 32, 2048, 80), *tables(2048, 16))
+    for half in make.lengths(1024):
+        for heads in (1, 2, 4, 8):
+            for n in (1, 2048):
+                label, x = f"d={2 * half} heads={heads} tokens={n}", make(2, heads, n, 2 * half)
+                call(label, "rope", x, *tables(2048, half), ids[:2, :n])
+        call(f"{label} pairs", "rope", x, *tables(2048, half), None, True)

@@ -1,5 +1,5 @@
 """swiglu and geglu: two tensors and fused projections, an activation with each (where the operands
-lie does not touch it; tanh's is told by gelu); short rows, which are walked otherwise."""
+lie does not touch it; tanh's is told by gelu); rows of each length of the table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def calls(make: Any, call: Any) -> None:
     call(f"n={n} pair silu", "glu_bwd", dy, *pair, 0)
     call(f"n={n} fused erf", "geglu", fused, None, False)
     call(f"n={n} fused erf", "glu_bwd_fused", dy, fused, 1)
-    fused, dy = make(4096, 64), make(4096, 32)
-    call("n=32 fused silu", "swiglu", fused, None)
-    call("n=32 fused silu", "glu_bwd_fused", dy, fused, 0)
+    for n in make.lengths(2048):
+        fused, dy = make(4096, 2 * n), make(4096, n)
+        call(f"n={n} fused silu", "swiglu", fused, None)
+        call(f"n={n} fused silu", "glu_bwd_fused", dy, fused, 0)
