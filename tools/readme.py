@@ -119,7 +119,7 @@ def _model_lines(plain: list[Row]) -> list[str]:
         return []
     lines = [
         "",
-        "Whole models of random weights, matrix products by torch on both sides:",
+        "Whole models of random weights, one thread of each side:",
         "",
         "| model | pass | dtype | ms, ours | ms, plain PyTorch | tokens/s, ours | "
         "tokens/s, plain PyTorch | ratio |",
