@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_makefile_installed_leaves_the_environment_as_it_is(tmp_path: Path) -> None:
-    """INSTALLED=1 beside requirements that changed: nothing is installed, once there is something."""
+    """INSTALLED=1 beside requirements that changed: nothing is installed over what is there."""
 
     def installs(*more: str) -> bool:
         command = ["make", "-n", "lint", f"VENV={tmp_path}", *more]
