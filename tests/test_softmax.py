@@ -114,3 +114,35 @@ def test_softmax_refuses_jvp() -> None:
     x = torch.randn(3)
     with pytest.raises(NotImplementedError):
         torch.func.jvp(llmops.softmax, (x,), (x,))
+
+
+EXTREMES = pytest.mark.parametrize("scale", [1e30, -(2.0**40), 1e12, 1e4, 1e-30, -1e-30, 0.0])
+
+
+@TARGETS
+@EXTREMES
+@pytest.mark.parametrize("kind", ["plain", "causal", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_softmax_extreme_scales(
+    target: Target, scale: float, kind: str, dtype: torch.dtype
+) -> None:
+    """However far apart the logits are, the largest weighs 1 and nothing is infinite or NaN."""
+    x = torch.randn(5, 77, generator=torch.Generator().manual_seed(1)).to(dtype)
+    more = {"causal": {"causal": True}, "added": {"mask": x.flip(0)}, "plain": {}}[kind]
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in more.items()}
+    with target.active():
+        got = llmops.softmax(x, scale=scale, backend=target.backend, **more)
+    oracle = reference.softmax(x.double(), scale=scale, **wide)
+    yardstick = reference.softmax(x, scale=scale, **more)
+    assert_close(got, oracle, yardstick, factor=2.0, what="softmax")
+
+
+@TARGETS
+def test_softmax_rows_that_a_mask_lowers_alike(target: Target) -> None:
+    """The lowest finite number in all of a row, as transformers gives padding, drops nothing: the
+    logits round to it, and the weights are equal. log2 e times it would be -inf."""
+    x, mask = torch.randn(3, 40), torch.zeros(3, 40)
+    mask[1] = torch.finfo(torch.float32).min
+    with target.active():
+        got = llmops.softmax(x, mask=mask, backend=target.backend)
+    torch.testing.assert_close(got, torch.softmax(x + mask, -1))

@@ -2,10 +2,12 @@
 // softmax.h
 //
 // Three sweeps over a row that stays in L1/L2: maximum; exponential and sum; division. The scale
-// and log2 e are folded into one factor, so that the exponential is a fused multiply-add and exp2.
-// Lanes run along the row, four vectors at a time; fp32 throughout. From memory's side each element
-// is read once and written once (8 bytes in fp32), about 30 instructions per vector.
-// With a mask the scaled, masked logits are kept in scratch by the first sweep.
+// and log2 e are one factor of the distance to the maximum: subtracting first makes that exactly 0
+// where the maximum is, however large the logits. Lanes run along the row, four vectors at a time;
+// fp32 throughout. From memory's side each element is read once and written once (8 bytes in fp32),
+// about 30 instructions per vector.
+// With a mask the scaled, masked logits are kept in scratch by the first sweep, in natural units:
+// an additive mask may hold the lowest finite number, which times log2 e would be -inf.
 #include "softmax.h"
 
 #include "simd.h"
@@ -14,6 +16,7 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int kBlock = 4 * W;
+constexpr int64_t kRun = 4096;             // elements that are summed up before the next ones are
 constexpr int64_t kNextBytes = 128 << 10;  // of a row that is fetched ahead
 
 LLMOPS_INLINE float combine_max(const Vec* m) {
@@ -21,17 +24,23 @@ LLMOPS_INLINE float combine_max(const Vec* m) {
 }
 LLMOPS_INLINE float combine_add(const Vec* s) { return reduce_add((s[0] + s[1]) + (s[2] + s[3])); }
 
-// The logits in units of log2: scale * log2e * x + log2e * mask, -inf where a bool mask drops.
+// n elements; a whole vector where they fill one: loads of part of it copy.
+template <class T>
+LLMOPS_INLINE Vec read(const T* p, int n) {
+  return n == W ? load(p) : load_n(p, n);
+}
+
+// The logits: scale * x + mask, -inf where a bool mask drops.
 template <class X, class M>
 LLMOPS_INLINE Vec logits(const SoftmaxParams& p, const X* x, const M* mask, int64_t i, int n) {
-  const Vec raw = load_n(x + i, n) * set1(p.scale * kLog2e);
+  const Vec raw = read(x + i, n) * set1(p.scale);
   if (p.mask_kind == MaskKind::boolean) {
     const uint8_t* keep = reinterpret_cast<const uint8_t*>(mask);
     if (p.mask_step == 0) return *keep ? raw : set1(-kInf);
     return select(load_mask_n(keep + i, n), raw, set1(-kInf));
   }
-  const Vec bias = p.mask_step == 0 ? set1(to_float(*mask)) : load_n(mask + i, n);
-  return fma(bias, set1(kLog2e), raw);
+  const Vec bias = p.mask_step == 0 ? set1(to_float(*mask)) : read(mask + i, n);
+  return raw + bias;
 }
 
 template <class Y>
@@ -59,35 +68,47 @@ LLMOPS_INLINE const X* next_row(const X* x, int64_t n) {
   return n * static_cast<int64_t>(sizeof(X)) <= kNextBytes ? x + n : nullptr;
 }
 
-// e[i] = 2^(factor * x[i] - shift) for n elements; returns their sum. `next`, the row that follows,
-// is fetched meanwhile where it is not null.
+// e[i] = 2^(factor * (x[i] - top)) for n elements; returns their sum. `next`, what the row that
+// follows has there, is fetched meanwhile where it is not null.
 template <class X, class N>
-LLMOPS_INLINE float exponentials(const X* x, const N* next, float* e, int64_t n, float factor,
-                                 float shift) {
-  const Vec f = set1(factor), t = set1(-shift);
+LLMOPS_INLINE float exponentials_of(const X* x, const N* next, float* e, int64_t n, float factor,
+                                    float top) {
+  const Vec f = set1(factor), t = set1(top);
   Vec s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
     if (next) prefetch_block(next + i);
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
-      const Vec v = exp2(fma(load(x + i + j * W), f, t));
+      const Vec v = exp2_softmax((load(x + i + j * W) - t) * f);
       store(e + i + j * W, v);
       s[j] = s[j] + v;
     }
   }
   for (; i < n; i += W) {
     const int left = n - i < W ? static_cast<int>(n - i) : W;
-    const Vec v = select(first_n(left), exp2(fma(load_n(x + i, left), f, t)), zero());
+    const Vec v = select(first_n(left), exp2_softmax((load_n(x + i, left) - t) * f), zero());
     store_n(e + i, v, left);
     s[0] = s[0] + v;
   }
   return combine_add(s);
 }
 
+// The same of a row, in runs: the longer a lane's sum, the more it loses to rounding.
+template <class X, class N>
+LLMOPS_INLINE float exponentials(const X* x, const N* next, float* e, int64_t n, float factor,
+                                 float top) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; i += kRun) {
+    const int64_t count = n - i < kRun ? n - i : kRun;
+    sum += exponentials_of(x + i, next ? next + i : next, e + i, count, factor, top);
+  }
+  return sum;
+}
+
 // The phases are functions of one or two types each, dispatched one after the other: all
 // combinations of x, mask and y in one function would be 27 copies of it.
 
-// Maximum over the valid part of a row, in units of log2 after scaling.
+// Of the valid part of a row, the element whose logit is the largest.
 template <class X>
 LLMOPS_INLINE float row_top(const X* x, int64_t valid, float factor) {
   // A negative factor turns the order round: the largest logit is then the smallest x.
@@ -101,7 +122,7 @@ LLMOPS_INLINE float row_top(const X* x, int64_t valid, float factor) {
     const int left = valid - i < W ? static_cast<int>(valid - i) : W;
     m[0] = max(m[0], select(first_n(left), load_n(x + i, left) * sign, set1(-kInf)));
   }
-  return combine_max(m) * (factor < 0.0f ? -factor : factor);
+  return combine_max(m) * first_lane(sign);
 }
 
 // Scaled and masked logits of the valid part, kept in `z`; returns their maximum.
@@ -166,9 +187,10 @@ LLMOPS_INLINE void backward(int64_t n, float scale, const Y* y, const Y* dy, X* 
 }  // namespace
 
 void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t valid, float* scratch) {
-  const float factor = p.scale * kLog2e;
+  const bool masked = p.mask_kind != MaskKind::none;
+  const float factor = (masked ? 1.0f : p.scale) * kLog2e;
   float top = -kInf;
-  if (p.mask_kind == MaskKind::none) {
+  if (!masked) {
     LLMOPS_DISPATCH(p.x_type, X, top = row_top(static_cast<const X*>(row.x), valid, factor));
   } else {
     const DType mask_type = p.mask_kind == MaskKind::additive ? p.mask_type : DType::f32;
@@ -178,13 +200,13 @@ void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t vali
                     }));
   }
   // Nothing left in the row: its maximum is -inf, and -inf - -inf would be NaN.
-  if (p.zero_if_empty && (valid == 0 || top == -kInf)) {
+  if (p.zero_if_empty && (valid == 0 || (factor < 0.0f ? -top : top) == -kInf)) {
     LLMOPS_DISPATCH(p.y_type, Y, fill_zero(static_cast<Y*>(row.y), 0, p.n));
     return;
   }
   float* e = p.y_type == DType::f32 ? static_cast<float*>(row.y) : scratch;
   float sum = 0.0f;
-  if (p.mask_kind == MaskKind::none) {
+  if (!masked) {
     LLMOPS_DISPATCH(p.x_type, X, {
       const auto* x = static_cast<const X*>(row.x);
       sum = exponentials(x, next_row(x, p.n), e, valid, factor, top);
@@ -192,7 +214,7 @@ void softmax_fwd_row(const SoftmaxParams& p, const SoftmaxRow& row, int64_t vali
   } else {
     LLMOPS_DISPATCH(p.x_type, X, {
       const auto* x = static_cast<const X*>(row.x);
-      sum = exponentials(scratch, next_row(x, p.n), e, valid, 1.0f, top);
+      sum = exponentials(scratch, next_row(x, p.n), e, valid, factor, top);
     });
   }
   LLMOPS_DISPATCH(p.y_type, Y, {
