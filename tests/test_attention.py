@@ -240,6 +240,54 @@ def test_attention_autocast_of_mixed_dtypes() -> None:
     assert isinstance(want, Tensor) and torch.equal(out, want)
 
 
+def _far_apart(target: Target, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+    """Checks out and lse of logits that are far apart; the gradients of out."""
+    with target.active():
+        got = llmops.attention(q, k, v, scale=scale, return_lse=True, backend=target.backend)
+        grads = torch.autograd.grad(got[0].sum(), (q, k, v))
+    wide = [x.detach().double() for x in (q, k, v)]
+    oracle = reference.attention(*wide, scale=scale, return_lse=True)
+    yardstick = reference.attention(q, k, v, scale=scale, return_lse=True)
+    for name, g, o, y in zip(("out", "lse"), got, oracle, yardstick, strict=True):
+        assert_close(g, o, y, factor=2.0, what=name)
+    return list(grads)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        pytest.param(target, dtype, id=f"{target}-{dtype}")
+        for target in targets("attention", partial=True)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if target.serves("attention", dtype)
+    ],
+)
+@pytest.mark.parametrize("queries", [1, 70])
+def test_attention_extreme_scales(target: Target, dtype: torch.dtype, queries: int) -> None:
+    """However far apart the logits are, the largest weighs 1, also where a fused scale * x - max
+    would be off by more than fp32's range of exponents. dq and dk are rounding times the scale."""
+    torch.manual_seed(1)
+    q, k, v = _qkv(1, 2, 1, queries, 600 if queries == 1 else 110, 40, dtype=dtype, grad=True)
+    for scale in (1e30, -(2.0**40), 1e4, 1e-30, 0.0):
+        dq, dk, dv = _far_apart(target, q, k, v, scale)
+        if target.backend != "cpu" and abs(scale) > 1e6:
+            continue  # no other order of summing up q . k gives the forward's logits: so is torch's
+        assert bool(dv.isfinite().all())
+        if dtype != torch.float16 or abs(scale) < 1e6:  # whose range ends at 65504
+            assert bool(dq.isfinite().all()) and bool(dk.isfinite().all())
+
+
+@TARGETS
+@pytest.mark.parametrize("queries", [1, 70])
+def test_attention_far_products(target: Target, queries: int) -> None:
+    """The same of an ordinary scale and products of 2^40."""
+    torch.manual_seed(1)
+    q, k, v = _qkv(1, 2, 1, queries, 600 if queries == 1 else 110, 40)
+    q = (q * 2.0**40).requires_grad_()
+    grads = _far_apart(target, q, k.requires_grad_(), v.requires_grad_(), 0.25)
+    assert target.backend != "cpu" or all(bool(g.isfinite().all()) for g in grads)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("kv_heads", [0, 1, 2])
 def test_attention_of_no_query_heads(backend: str, kv_heads: int) -> None:

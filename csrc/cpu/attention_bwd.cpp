@@ -133,18 +133,29 @@ struct Backward {
 
   float sink_weight(int i) const { return exp_scalar(p.sinks[block.head[i]] - s.lanes.lse[i]); }
 
+  // Where lse does not resolve P: the maximum of these scores takes its place, which the forward
+  // may have summed up in another order, and what P is then to be divided by goes to `norm`.
   void normalize() const {
-    for (int j = 0; j < block.vecs; ++j) store(s.lanes.norm + j * W, zero());
-    if (p.sinks)
-      for (int i = 0; i < block.count; ++i) s.lanes.norm[i] = sink_weight(i);
+    for (int i = 0; i < block.count; ++i) {
+      if (s.lanes.lse[i] == kInf) continue;  // saw nothing
+      s.lanes.lse[i] = p.sinks ? p.sinks[block.head[i]] : -kInf;
+      s.lanes.norm[i] = s.lanes.lse[i] == -kInf ? 0.0f : 1.0f;
+    }
     int visible[kBlockVecs];
     for (int64_t key = block.begin; key < block.end; key += kKeys) {
       block_scores(key, static_cast<int>(min64(kKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
-        Vec sum = load(s.lanes.norm + j * W);
-        const Vec lse = load(s.lanes.lse + j * W);
+        const float* score = s.s + j * W;
+        const Vec before = load(s.lanes.lse + j * W);
+        Vec top = before;
+        for (int k = 0; k < visible[j]; ++k) top = max(load(score + k * kLanes), top);
+        // Not inf - inf, of either sign.
+        const Vec shift = select(equal(top, set1(-kInf)), zero(), top);
+        const Vec fade = select(equal(before, top), zero(), before - shift);
+        Vec sum = load(s.lanes.norm + j * W) * exp2_softmax(fade * factor());
         for (int k = 0; k < visible[j]; ++k)
-          sum = sum + probability<kNatural>(load(s.s + k * kLanes + j * W), lse, factor());
+          sum = sum + probability<kNatural>(load(score + k * kLanes), shift, factor());
+        store(s.lanes.lse + j * W, top);
         store(s.lanes.norm + j * W, sum);
       }
     }
@@ -251,14 +262,17 @@ LLMOPS_INLINE void write_row(const AttentionGradParams& g, const AttentionSequen
   for (int64_t d = 0; d < p.dim_v; d += W) store_some(dv_row + d, load(dv + d), p.dim_v - d);
 }
 
+LLMOPS_INLINE AttentionTask task_of_grad(const AttentionParams& p, int64_t task) {
+  return p.tasks ? p.tasks[task] : AttentionTask{task / p.plan.parts, task % p.plan.parts, 0};
+}
+
 template <class T, Way kWay, bool kForm>
 LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratch) {
   const AttentionParams& p = g.fwd;
   Arena arena{static_cast<char*>(scratch)};
   const Scratch s = layout<T, kWay, kForm>(p, arena);
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
-  const AttentionTask of =
-      p.tasks ? p.tasks[task] : AttentionTask{task / p.plan.parts, task % p.plan.parts, 0};
+  const AttentionTask of = task_of_grad(p, task);
   const AttentionSequence sequence = sequence_of(p, of.group / p.kv_heads);
   const int64_t keys = sequence.keys, parts = sequence.plan.parts;
   const int64_t start = partial_start(p, sequence, of.group, parts * keys) + of.index * keys;
@@ -281,9 +295,23 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
     write_row<T>(g, sequence, of.group, key, backward.dk + key * dim, backward.dv + key * dim_v);
 }
 
+// Whether the plain form can take P from the group's log-sum-exps: the modified one normalizes.
+LLMOPS_OUTLINE bool is_resolved(const AttentionParams& p, int64_t task) {
+  const int64_t group = task_of_grad(p, task).group, batch = group / p.kv_heads;
+  const int64_t heads = p.heads / p.kv_heads, first = group % p.kv_heads * heads;
+  const AttentionSequence sequence = sequence_of(p, batch);
+  bool resolved = true;
+  for (int64_t head = first; head < first + heads; ++head) {
+    const float* lse = p.lse + lse_at(p, sequence, batch, head, 0);
+    for (int64_t t = 0; t < sequence.queries; ++t)
+      resolved = resolved && (lse[t] == -kInf || __builtin_fabsf(lse[t]) <= kLseResolves);
+  }
+  return resolved;
+}
+
 template <class T, Way kWay>
 LLMOPS_INLINE void dispatch(const AttentionGradParams& g, int64_t task, void* scratch) {
-  if (is_modified(g.fwd)) {
+  if (is_modified(g.fwd) || !is_resolved(g.fwd, task)) {
     run<T, kWay, kModified>(g, task, scratch);
   } else {
     run<T, kWay, kPlain>(g, task, scratch);

@@ -252,8 +252,9 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   for (int64_t d = 0; d < p.dim_v; d += W) store(o + d, load(o + d) * set1(alpha));
 }
 
+// Whether it could: false, and nothing written, where the plain form does not resolve a row.
 template <class T, bool kPairs, bool kForm>
-LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
+LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   Scratch s = layout(p, arena);
   const auto [group, index, split] = task_of(p, task);
@@ -316,6 +317,10 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
   }
 
   const int64_t rows = block.count, width = p.dim_v + 1;
+  if constexpr (!kForm) {
+    for (int r = 0; r < rows; ++r)
+      if (!is_resolved(s.m[r], s.l[r])) return false;
+  }
   for (int r = 0; r < rows; ++r) {
     const float l = s.l[r];
     const float lse = l == 0.0f ? -kInf : s.m[r] * (kForm ? 1.0f : kLn2) + __builtin_logf(l);
@@ -334,15 +339,13 @@ LLMOPS_OUTLINE void run(const AttentionParams& p, int64_t task, void* scratch) {
       out[p.dim_v] = lse;
     }
   }
+  return true;
 }
 
 template <class T, bool kPairs>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
-  if (is_modified(p)) {
+  if (is_modified(p) || !run<T, kPairs, kPlain>(p, task, scratch))
     run<T, kPairs, kModified>(p, task, scratch);
-  } else {
-    run<T, kPairs, kPlain>(p, task, scratch);
-  }
 }
 
 }  // namespace

@@ -153,8 +153,9 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   update_lanes<kPairs>(v_cells, p.dim_v, kPairs ? s.pairs : s.s, block.vecs, visible, s.o, s.alpha);
 }
 
+// Whether it could: false, and nothing written, where the plain form does not resolve a row.
 template <class T, Way kWay, bool kForm>
-void run(const AttentionParams& p, int64_t task, void* scratch) {
+bool run(const AttentionParams& p, int64_t task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   const Scratch s = layout<T, kWay, kForm>(p, arena);
   const auto [group, index, split] = task_of(p, task);
@@ -169,16 +170,16 @@ void run(const AttentionParams& p, int64_t task, void* scratch) {
 #ifdef LLMOPS_HAS_TILES
   if (kWay == Way::tiles) end_tiles();
 #endif
-  finish_rows<T, kForm>(p, block, s, group, split);
+  return finish_rows<T, kForm>(p, block, s, group, split);
 }
 
 #ifdef LLMOPS_HAS_TILES
 // Four blocks of queries after each other, for splitting keys and values takes as long as half of
 // one block's products with them. The tasks of the other three have nothing left to do.
 template <bool kForm>
-void run_split(const AttentionParams& p, int64_t task, void* scratch) {
+bool run_split(const AttentionParams& p, int64_t task, void* scratch) {
   const auto [group, index, split] = task_of(p, task);
-  if (index % kShared) return;
+  if (index % kShared) return true;
   Arena arena{static_cast<char*>(scratch)};
   Scratch s[kShared];
   QueryBlock block[kShared];
@@ -210,7 +211,10 @@ void run_split(const AttentionParams& p, int64_t task, void* scratch) {
     }
   });
   end_tiles();
-  for (int i = 0; i < count; ++i) finish_rows<float, kForm>(p, block[i], s[i], group, split);
+  bool resolved = true;
+  for (int i = 0; i < count; ++i)
+    resolved = finish_rows<float, kForm>(p, block[i], s[i], group, split) && resolved;
+  return resolved;
 }
 #endif
 
@@ -226,11 +230,8 @@ LLMOPS_INLINE bool takes_split(const AttentionParams& p, int64_t task) {
 
 template <class T, Way kWay>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
-  if (is_modified(p)) {
+  if (is_modified(p) || !run<T, kWay, kPlain>(p, task, scratch))
     run<T, kWay, kModified>(p, task, scratch);
-  } else {
-    run<T, kWay, kPlain>(p, task, scratch);
-  }
 }
 
 }  // namespace
@@ -265,9 +266,11 @@ void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
     }
   }
 #ifdef LLMOPS_HAS_TILES
-  if (takes_split(p, task))
-    return is_modified(p) ? run_split<kModified>(p, task, scratch)
-                          : run_split<kPlain>(p, task, scratch);
+  if (takes_split(p, task)) {
+    if (is_modified(p) || !run_split<kPlain>(p, task, scratch))
+      run_split<kModified>(p, task, scratch);
+    return;
+  }
 #endif
   LLMOPS_DISPATCH(p.type, T, (dispatch<T, Way::widened>(p, task, scratch)));
 }

@@ -99,11 +99,16 @@ LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block,
   }
 }
 
-// Results and their log-sum-exp, or one split's partial ones.
+// Results and their log-sum-exp, or one split's partial ones. False, and nothing written, where the
+// plain form does not resolve a row.
 template <class T, bool kForm>
-LLMOPS_INLINE void finish_rows(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
+LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                                int64_t group, int64_t split) {
   const AttentionPlan& plan = block.sequence.plan;
+  if constexpr (!kForm) {
+    for (int i = 0; i < block.count; ++i)
+      if (!is_resolved(s.m[i], s.l[i])) return false;
+  }
   const float unit = kForm ? 1.0f : kLn2;
   float lse[kLanes];
   for (int j = 0; j < block.vecs; ++j) {
@@ -127,6 +132,7 @@ LLMOPS_INLINE void finish_rows(const AttentionParams& p, const QueryBlock& block
     unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
     for (int i = 0; i < block.count; ++i) out[i][p.dim_v] = lse[i];
   }
+  return true;
 }
 
 // f(key, keys) over [begin, end) of one split: blocks of equal size, so that the last one is not a

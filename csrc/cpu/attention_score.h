@@ -18,6 +18,13 @@ LLMOPS_INLINE bool is_modified(const AttentionParams& p) {
          p.dropout.active;
 }
 
+// Whether a row's plain form held: maximum m in units of log2, sum l. A fused scale * x - m is off
+// at the maximum itself by what m was rounded by, which all its terms share; from 2^24 on that
+// is more than a factor of 2, and then out of range. The modified form subtracts first.
+LLMOPS_INLINE bool is_resolved(float m, float l) {
+  return m == -kInf || (__builtin_fabsf(m) < 16777216.0f && __builtin_fabsf(l) < kInf);
+}
+
 LLMOPS_INLINE AttentionSequence sequence_of(const AttentionParams& p, int64_t batch) {
   if (p.sequences) return p.sequences[batch];
   return {0, p.queries, 0, p.keys, nullptr, p.plan, 0};

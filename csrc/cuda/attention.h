@@ -8,6 +8,11 @@
 
 namespace llmops::cuda {
 
+// Beyond it the scale is applied before the maximum is subtracted, which costs: a fused
+// scale * (q . k) - maximum is off by what the maximum was rounded by, from 2^31 on a power of two
+// that is out of range.
+constexpr float kLargestPlainScale = 1024.0f;
+
 // Drops the weight of (batch, head, query, key) where its 32 random bits are below `below`; what is
 // kept counts `scale`.
 struct AttentionDropout {

@@ -128,10 +128,10 @@ struct KeyStages {
   }
 };
 
-// Whether the scores are more than a positive multiple of q . k.
+// Whether the scores are more than a positive multiple of q . k, or a very large one.
 inline bool attention_modified(const Attention& p) {
-  return p.scale <= 0.0f || p.softcap != 0.0f || p.slopes || p.sinks || p.mask.data ||
-         p.dropout.active;
+  return !(p.scale > 0.0f && p.scale <= kLargestPlainScale) || p.softcap != 0.0f || p.slopes ||
+         p.sinks || p.mask.data || p.dropout.active;
 }
 
 // f(T{}, the head dim's tile, whether modified) as constants; the plain tiles of a kernel that has

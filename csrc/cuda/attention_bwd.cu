@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                 query * b.grad_lse_stride[2]);
   float sink = 0.0f;
   if (p.sinks && alive) sink = exp2_approx((load(p.sinks + head) - lse) * kLog2e);
-  const float norm = lost ? 1.0f / (weight + sink) : 1.0f;
+  // No weight at all: the products, summed in another order, differ from the forward's by too much.
+  const float norm = !lost ? 1.0f : (weight + sink == 0.0f ? 0.0f : 1.0f / (weight + sink));
   store(b.row_lse + row, alive ? (modified ? lse : lse * kLog2e) : INFINITY);
   store(b.row_delta + row, sum);
   if (modified) store(b.row_norm + row, norm);

@@ -25,9 +25,10 @@ struct AttentionBackward {
   int64_t dmask_size[4];
 };
 
-// Whether scores are modified beyond a scale and a limit of keys.
+// Whether scores are modified beyond a usual scale and a limit of keys.
 inline bool attention_bwd_modified(const Attention& p) {
-  return p.softcap != 0.0f || p.slopes || p.mask.data || p.dropout.active;
+  const bool plain = p.scale >= -kLargestPlainScale && p.scale <= kLargestPlainScale;
+  return !plain || p.softcap != 0.0f || p.slopes || p.mask.data || p.dropout.active;
 }
 int attention_bwd(const AttentionBackward& p, void* stream);
 

@@ -84,7 +84,7 @@ def attention_prepare_kernel(
                 s, _derivative = modify_scores(s * scale, query, n[None, :], queries, keys, left,
                                      right, slope, cap, mask_rows, mask_n, FORM, True)  # fmt: skip
                 total += tl.sum(tl.exp2((s - log_sum[:, None]) * LOG2E), 1)
-            weight = tl.where(alive, 1.0 / total, 0.0)
+            weight = tl.where(alive & (total > 0.0), 1.0 / total, 0.0)
         tl.store(norm + at, weight, mask=m < queries)
         if SINKS & FORM:
             sink = tl.exp2((tl.load(sinks + h) - log_sum) * LOG2E) * weight

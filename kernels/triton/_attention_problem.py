@@ -122,6 +122,10 @@ def candidates(op: str, key: tuple[int, torch.dtype, bool]) -> Iterator[_config.
                                "num_stages": stages, **form}  # fmt: skip
 
 
+# Beyond it exp(s - lse) is normalized anew: an ulp of lse is a factor then.
+LARGEST_PLAIN_SCALE = 1024.0
+
+
 class Problem:
     """What the launchers of one call share: `arguments` and `constants` of every kernel."""
 
@@ -161,7 +165,7 @@ class Problem:
         form |= SINKS.value if sinks is not None else 0
         form |= DROPOUT.value if dropout_p else 0
         natural = ADDED_MASK.value | ALIBI.value | tile.SOFTCAP.value | SINKS.value
-        form |= NATURAL.value if form & natural else 0
+        form |= NATURAL.value if form & natural or abs(scale) > LARGEST_PLAIN_SCALE else 0
         form |= NEGATIVE.value if scale < 0 else 0
         below = min(int(dropout_p * 2**32 + 0.5), 2**32 - 1)
         keep = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
