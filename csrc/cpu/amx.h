@@ -20,6 +20,26 @@ constexpr int kDepth = 32;  // bf16 values that a step multiplies
 // GCC's tile instructions do not say that they read and write memory.
 LLMOPS_INLINE void memory_is_used(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
+#ifdef __SANITIZE_ADDRESS__
+// Nor are they seen by AddressSanitizer, which is asked of each row.
+extern "C" void __asan_loadN(const void* p, size_t bytes);
+extern "C" void __asan_storeN(void* p, size_t bytes);
+#undef _tile_loadd
+#define _tile_loadd(tile, base, stride)                                               \
+  do {                                                                                \
+    for (int side = 0; side < kSide; ++side)                                          \
+      __asan_loadN(reinterpret_cast<const char*>(base) + side * (stride), 4 * kSide); \
+    _tile_loadd_internal(tile, base, stride);                                         \
+  } while (0)
+#undef _tile_stored
+#define _tile_stored(tile, base, stride)                                         \
+  do {                                                                           \
+    for (int side = 0; side < kSide; ++side)                                     \
+      __asan_storeN(reinterpret_cast<char*>(base) + side * (stride), 4 * kSide); \
+    _tile_stored_internal(tile, base, stride);                                   \
+  } while (0)
+#endif
+
 // All eight registers as whole tiles; until end_tiles, in this thread.
 [[maybe_unused]] LLMOPS_NOINLINE void begin_tiles() {
   struct {

@@ -276,12 +276,19 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   const AttentionSequence sequence = sequence_of(p, of.group / p.kv_heads);
   const int64_t keys = sequence.keys, parts = sequence.plan.parts;
   const int64_t start = partial_start(p, sequence, of.group, parts * keys) + of.index * keys;
-  float* sums =
-      parts > 1 ? g.partial + start * (dim + dim_v) : arena.take<float>(keys * (dim + dim_v));
-  fill_zero(sums, keys * (dim + dim_v));
+  float *dk, *dv;
+  if (parts > 1) {
+    dk = g.partial + start * (dim + dim_v);
+    dv = dk + keys * dim;
+  } else {
+    dk = arena.take<float>(keys * dim);
+    dv = arena.take<float>(keys * dim_v);
+  }
+  fill_zero(dk, keys * dim);
+  fill_zero(dv, keys * dim_v);
   fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
   QueryBlock block;
-  const Backward<T, kWay, kForm> backward{g, p, s, block, sums, sums + keys * dim};
+  const Backward<T, kWay, kForm> backward{g, p, s, block, dk, dv};
 #ifdef LLMOPS_HAS_TILES
   if (kWay == Way::tiles) begin_tiles();
 #endif
@@ -292,7 +299,7 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
 #endif
   if (parts > 1) return;
   for (int64_t key = 0; key < keys; ++key)
-    write_row<T>(g, sequence, of.group, key, backward.dk + key * dim, backward.dv + key * dim_v);
+    write_row<T>(g, sequence, of.group, key, dk + key * dim, dv + key * dim_v);
 }
 
 // Whether the plain form can take P from the group's log-sum-exps: the modified one normalizes.
@@ -326,10 +333,13 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   Arena arena{nullptr}, pairs{nullptr};
   layout<bf16, Way::widened, kModified>(g.fwd, arena);
   layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
-  const int64_t fixed =
-      max64(arena.next - static_cast<char*>(nullptr), pairs.next - static_cast<char*>(nullptr));
+  if (pairs.next > arena.next) arena.next = pairs.next;
   const bool all_in_parts = !g.fwd.sequences && g.fwd.plan.parts > 1;
-  return fixed + (all_in_parts ? 0 : g.fwd.keys * attention_bwd_width(g.fwd) * 4 + 64);
+  if (!all_in_parts) {
+    arena.take<float>(g.fwd.keys * padded(g.fwd.dim));
+    arena.take<float>(g.fwd.keys * padded(g.fwd.dim_v));
+  }
+  return arena.next - static_cast<char*>(nullptr);
 }
 
 void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {

@@ -11,6 +11,10 @@
 #include "attention.h"
 #include "simd.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
@@ -55,13 +59,24 @@ LLMOPS_INLINE void with_constant(int n, const F& f) {
   f(Constant<N>{});
 }
 
-// Scratch is carved from one block of memory, in 64-byte steps.
+// Scratch is carved from one block of memory, in 64-byte steps. AddressSanitizer is told where each
+// piece ends, and of some bytes behind it.
 struct Arena {
   char* next;
   template <class T>
   T* take(int64_t count) {
     T* result = reinterpret_cast<T*>(next);
-    next += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+#ifdef __SANITIZE_ADDRESS__
+    const int64_t step = round_up(bytes, 64) + 4096;
+    if (next) {
+      __asan_unpoison_memory_region(next, bytes);
+      __asan_poison_memory_region(next + bytes, step - bytes);
+    }
+#else
+    const int64_t step = round_up(bytes, 64);
+#endif
+    next += step;
     return result;
   }
 };
