@@ -94,9 +94,9 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
 
 
 def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
-    """Of usual heads, and of 128 with a mask and with dropout: no other has calls yet."""
-    for dim in (128,) if dtype == torch.float32 else (64, 128, 256):
-        for form in (0, BOOL_MASK.value, DROPOUT.value)[: 3 if dim == 128 else 1]:
+    """The last head dimension stands for all that are divided in chunks."""
+    for dim in (16, 32, 64, 128) if dtype == torch.float32 else (16, 32, 64, 128, 256):
+        for form in (0, BOOL_MASK.value, DROPOUT.value):
             general = form & GENERAL.value != 0
             yield (dim, dtype, general), table(dim, dtype, op == "attention_bwd", 4096, form)
 
