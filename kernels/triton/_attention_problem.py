@@ -86,7 +86,9 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
         return {"BLOCK_M": 64, "BLOCK_N": 64, "CHUNK": 128, "num_warps": 4, "num_stages": 2}
     if backward or form & GENERAL.value:
         walked = 16 if dim > 64 and (amd or form & DROPOUT.value) else 32
-        bound = all_registers(warps) if architecture() == "sm100" else {}
+        # Told none of them, ptxas takes 96 of heads of 16, and spills.
+        few = architecture() == "sm100" or dim <= 16
+        bound = all_registers(warps) if few else {}
         return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
                 "num_stages": 1, **bound}  # fmt: skip
     walked = 32 if amd and dim > 64 else 64

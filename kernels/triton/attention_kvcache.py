@@ -171,7 +171,7 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
     most = 64 if dim <= 128 and not wide else 16 if dim > 128 and wide else 32
     block_m = min(16 if rows <= 16 else 32 if rows <= 32 else 64, most)
     block_n = (32 if wide else 64) if dim <= 128 else 16 if wide else 32
-    small = wide and (modified or dim > 32)  # products in fp32 take registers
+    small = wide and (modified or block_m * dim >= 1024)  # products in fp32 take registers
     if small:
         block_n = 16
     elif block_m == 64 and dim > 64 and architecture != "sm90":
