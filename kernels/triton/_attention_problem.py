@@ -86,7 +86,9 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
         return {"BLOCK_M": 64, "BLOCK_N": 64, "CHUNK": 128, "num_warps": 4, "num_stages": 2}
     if backward or form & GENERAL.value:
         walked = 16 if dim > 64 and (amd or form & DROPOUT.value) else 32
-        bound = all_registers(warps) if architecture() == "sm100" else {}
+        # Told none of them, ptxas takes 96 of heads of 16, and spills.
+        few = architecture() == "sm100" or dim <= 16
+        bound = all_registers(warps) if few else {}
         return {"BLOCK_M": 64, "BLOCK_N": walked, "CHUNK": 128, "num_warps": warps,
                 "num_stages": 1, **bound}  # fmt: skip
     walked = 32 if amd and dim > 64 else 64
@@ -94,9 +96,9 @@ def table(dim: int, dtype: torch.dtype, backward: bool, keys: int, form: int) ->
 
 
 def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
-    """Of usual heads, and of 128 with a mask and with dropout: no other has calls yet."""
-    for dim in (128,) if dtype == torch.float32 else (64, 128, 256):
-        for form in (0, BOOL_MASK.value, DROPOUT.value)[: 3 if dim == 128 else 1]:
+    """The last head dimension stands for all that are divided in chunks."""
+    for dim in (16, 32, 64, 128) if dtype == torch.float32 else (16, 32, 64, 128, 256):
+        for form in (0, BOOL_MASK.value, DROPOUT.value):
             general = form & GENERAL.value != 0
             yield (dim, dtype, general), table(dim, dtype, op == "attention_bwd", 4096, form)
 

@@ -168,28 +168,33 @@ def _table(rows: int, dim: int, wide: bool, modified: bool) -> _config.Config:
     modified: more than a causal bound."""
     architecture = _launch.architecture()
     amd = architecture.startswith("gfx")
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 or dim > 128 or wide else 64
+    most = 64 if dim <= 128 and not wide else 16 if dim > 128 and wide else 32
+    block_m = min(16 if rows <= 16 else 32 if rows <= 32 else 64, most)
     block_n = (32 if wide else 64) if dim <= 128 else 16 if wide else 32
-    small = wide and (modified or (dim > 64 and rows > 16))  # products in fp32 take registers
+    small = wide and (modified or block_m * dim >= 1024)  # products in fp32 take registers
     if small:
         block_n = 16
     elif block_m == 64 and dim > 64 and architecture != "sm90":
         block_n = 32
     if amd:  # the masks of every row take scalar registers
         block_m = min(block_m, 16 if modified else 32)
-        block_n = 16 if wide or modified or rows > 16 else 32
+        few = wide or modified or rows > 16 or dim > 256 or architecture == "gfx90a"
+        block_n = 16 if few else 32
     stages = 1 if amd or dim > 128 or small else 2
     warps = 8 if dim > 128 or modified or (wide and dim > 64) or (amd and rows > 16) else 4
     if architecture == "sm120" and block_m == 64 and dim > 64:
         warps = 8
-    bound = all_registers(warps) if dim > 128 else {}
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages,
-            **bound}  # fmt: skip
+    if amd and wide and dim > 256:  # eight would leave a thread 256 registers
+        warps = 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def entries(op: str, dtype: torch.dtype) -> Iterator[tuple[_config.Key, _config.Config]]:
-    """None yet: calls have three head dimensions, few and many rows."""
-    return iter(())
+    wide = dtype == torch.float32
+    for rows in (16, 32, 64):
+        for dim in (16, 32, 64, 128, 256, 512):
+            for modified in (False, True):
+                yield (rows, dim, dtype, modified), _table(rows, dim, wide, modified)
 
 
 def candidates(op: str, key: tuple[int, int, torch.dtype, bool]) -> Iterator[_config.Config]:
@@ -265,6 +270,9 @@ def attention_kvcache(
     key = (_rows.power_of_2(queries * group), widest, q.dtype, modified)
     table = _table(queries * group, widest, wide, modified)
     config = _config.choose("attention_kvcache", key, table)
+    # Told none of them, ptxas spills a few; short heads and a single token need fewer.
+    large = wide or modified or widest > 128 or (widest == 128 and queries > 1)
+    bound = all_registers(config["num_warps"]) if large else {}
     block_d, block_dv = padded(dim, dim_v, q.dtype)
     row_blocks = cdiv(queries * group, config["BLOCK_M"])
     programs = batch * kv_heads * row_blocks
@@ -287,7 +295,7 @@ def attention_kvcache(
         0 if cache_leftpad is None else cache_leftpad.stride(0),
         *((0, 0) if block_table is None else block_table.stride()), *slope_strides,
         FORM=form, PADDED=cache_leftpad is not None, PAGED=block_table is not None,
-        PRECISION="ieee", DIM=dim, DIM_V=dim_v, D=block_d, DV=block_dv, **config,
+        PRECISION="ieee", DIM=dim, DIM_V=dim_v, D=block_d, DV=block_dv, **config, **bound,
     )  # fmt: skip
     if splits > 1:
         rows = batch * heads * queries

@@ -1,7 +1,6 @@
-"""attention: the usual heads, causal and not, in groups; each modifier once; both directions, the
-backward in both forms, and the forward by tensor descriptors, which is another kernel where TMA is.
-
-fp16 is told by one size and fp32 by its largest: their kernels are bf16's."""
+"""attention: heads of each size, causal, and with a mask and its gradient; each modifier once; both
+directions, the backward in both forms, and the forward by tensor descriptors, which is another
+kernel where TMA is. fp16 is told by one size: its kernels are bf16's."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def calls(make: Any, call: Any) -> None:
         need = mask is not None and mask.dtype != torch.bool
         given = (out, None, q, k, k, mask, out, lse, causal, 0.125, need)
         call(label, "attention_bwd", *given, **modifiers)
-        if label.endswith("causal") and dim <= 128 and make.dtype != torch.float16:
+        if label.endswith("causal") and dim in (64, 128) and make.dtype != torch.float16:
             # Tuning finds blocks for this form; the other's in 16 bits take registers it needs.
             held = {} if make.dtype == torch.float32 else {"BLOCK_M": 64}
             if held and dim > 64:
@@ -45,18 +44,21 @@ def calls(make: Any, call: Any) -> None:
     both("d=128 causal", 128)
     if make.dtype != torch.float16:
         described("d=64 causal", 64, 64, True)  # of fp32 the largest that is one chunk
+        for dim in (16, 32, 64):
+            both(f"d={dim} causal", dim)
+            both(f"d={dim} mask", dim, make(2, 1, 4096, 4096), False)
     if make.dtype == torch.float32:
         both("d=128 all", 128, fp32(4096, 4096), **window, **noise)
     if make.dtype != torch.bfloat16:
         return
-    both("d=64 causal", 64)
     described("d=128 causal", 128, 128, True)
     described("d=128", 128, 128, False)
     k = make(2, 8, 4096, 128)
     # One query a head: the kernels of a cache that is full.
     call("d=128 decode", "attention", make(2, 32, 1, 128), k, k, None, True, 0.125)
     both("d=256 causal", 256)
-    both("d=128 mask", 128, make(2, 1, 4096, 4096), False)
+    for dim in (128, 256):
+        both(f"d={dim} mask", dim, make(2, 1, 4096, 4096), False)
     # One that all heads share, of heads whose tiles half of the warps hold.
     q, k, lse = make(2, 32, 4096, 64), make(2, 8, 4096, 64), fp32(2, 32, 4096)
     call("d=64 shared mask", "attention_bwd", q, None, q, k, k, make(4096, 4096), q, lse, False,
