@@ -105,7 +105,8 @@ LLMOPS_INLINE Cells cells(const void* base, int64_t row, int64_t step) {
 }
 
 template <int MR, int NV, bool kPairs>
-LLMOPS_INLINE void accumulate(Cells a, const float* b, int64_t ldb, int64_t n, Vec (&acc)[MR][NV]) {
+LLMOPS_INLINE void accumulate_run(Cells a, const float* b, int64_t ldb, int64_t n,
+                                  Vec (&acc)[MR][NV]) {
   const char* p = a.base;
   _Pragma("GCC unroll 2") for (int64_t s = 0; s < n; ++s) {
     Vec row[NV];
@@ -116,6 +117,23 @@ LLMOPS_INLINE void accumulate(Cells a, const float* b, int64_t ldb, int64_t n, V
     }
     p += a.step;
     b += ldb;
+  }
+}
+
+template <int MR, int NV, bool kPairs>
+LLMOPS_INLINE void accumulate(Cells a, const float* b, int64_t ldb, int64_t n, Vec (&acc)[MR][NV]) {
+  if constexpr (W > 1) return accumulate_run<MR, NV, kPairs>(a, b, ldb, n, acc);
+  // Without vectors a long sum is one of runs, as torch's are: one alone rounds too often.
+  constexpr int64_t kRun = 64;
+  for (int64_t s = 0; s < n; s += kRun) {
+    Vec part[MR][NV];
+    LLMOPS_UNROLL for (int i = 0; i < MR; ++i) {
+      LLMOPS_UNROLL for (int j = 0; j < NV; ++j) part[i][j] = zero();
+    }
+    accumulate_run<MR, NV, kPairs>(a.at(0, s), b + s * ldb, ldb, min64(kRun, n - s), part);
+    LLMOPS_UNROLL for (int i = 0; i < MR; ++i) {
+      LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = acc[i][j] + part[i][j];
+    }
   }
 }
 

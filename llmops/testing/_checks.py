@@ -92,10 +92,10 @@ def any_strides(spec: OpSpec, sample: Sample, target: Target) -> None:
         moved = Sample(f"{sample.id}-{how}", args, kwargs)
         with target.active():
             results = outputs(spec.fn(*moved.args, **moved.kwargs, backend=target.backend))
+            grads = _gradients_in_place(moved, results)
         own = result_floors(spec, sample, len(results))
         for i, (g, o, y) in enumerate(zip(results, oracle, yardstick, strict=True)):
             assert_close(g, o, y, factor=2.0, what=f"{spec.name} output {i}, {how}", floor=own[i])
-        grads = _gradients_in_place(moved, results)
         for i, (g, o, y) in enumerate(zip(grads, oracle_grads, yardstick_grads, strict=True)):
             what = f"{spec.name} gradient {i}, {how}"
             assert_close(g, o, y, factor=3.0, what=what, floor=floors[i])
