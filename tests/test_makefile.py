@@ -16,9 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_makefile_installed_leaves_the_environment_as_it_is(tmp_path: Path) -> None:
     """INSTALLED=1 beside requirements that changed: nothing is installed over what is there."""
 
+    # Not what a make that runs these tests was given.
+    given = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "INSTALLED")
+    setting = {k: v for k, v in os.environ.items() if k not in given}
+
     def installs(*more: str) -> bool:
         command = ["make", "-n", "lint", f"VENV={tmp_path}", *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=setting, capture_output=True, text=True, check=True
+        )
         return "pip install" in done.stdout
 
     assert installs() and installs("INSTALLED=1")
