@@ -77,7 +77,7 @@ void matmul(cpu::MatmulParams p) {
     });
     // A few strips at a time where blocks of rows alone would leave threads idle.
     const int64_t blocks = (p.m + plan.block - 1) / plan.block;
-    const int64_t wanted = threads > 1 ? (kTasks * threads + blocks - 1) / blocks : 1;
+    const int64_t wanted = worthwhile && threads > 1 ? (kTasks * threads + blocks - 1) / blocks : 1;
     const int64_t each = (strips + wanted - 1) / wanted;
     const int64_t pieces = (strips + each - 1) / each;
     parallel_tasks(blocks * pieces, worthwhile, [&](int64_t i) {

@@ -273,7 +273,8 @@ LLMOPS_INLINE Vec pair_high_halves(Vec low, Vec high) {
   const __m512i half = _mm512_srli_epi32(_mm512_castps_si512(low.v), 16);
   return {_mm512_castsi512_ps(_mm512_or_si512(half, _mm512_castps_si512(high_half(high).v)))};
 }
-// Whichever is larger, or smaller, in magnitude; the smaller with a's sign. b where a is NaN.
+// Whichever is larger, or smaller, in magnitude; the smaller with a's sign. b where a is
+// NaN, NaN where either signals.
 LLMOPS_INLINE Vec larger(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 7)}; }
 LLMOPS_INLINE Vec smaller(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 2)}; }
 // c + a.low * b.low + a.high * b.high, in fp32 (subnormal products and sums flush to zero).

@@ -26,9 +26,7 @@ LLMOPS_INLINE int up_to_side(int64_t n) { return static_cast<int>(n < kSide ? n 
 
 // A row of the tiles of each part: lane by lane a pair, first's below second's.
 LLMOPS_INLINE void split(Vec first, Vec second, float* out) {
-  // A signalling NaN becomes a quiet one, which is NaN in its upper half, too.
-  first = first + zero();
-  second = second + zero();
+  // The upper half of a signalling NaN may be an infinity's; smaller makes its other parts NaN.
   const Vec least = set1(0x1p-126f), x = smaller(first, least), y = smaller(second, least);
   LLMOPS_UNROLL for (int part = 0; part < kParts; ++part) {
     store(out + part * kPartFloats, pair_high_halves(first, second));

@@ -160,15 +160,25 @@ LLMOPS_EMULATED __m512 _mm512_abs_ps(__m512 a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
-// imm: 2, the smaller magnitude with a's sign, or 7, the larger with its own.
+// imm: 2, the smaller magnitude with a's sign, or 7, the larger with its own. A signalling NaN is
+// made quiet, whichever operand it is.
 LLMOPS_EMULATED __m512 _mm512_range_ps(__m512 a, __m512 b, int imm) {
   using namespace llmops_emulation;
   if (imm != 2 && imm != 7) __builtin_trap();
   Lanes<float> x = lanes<float>(a);
   const Lanes<float> y = lanes<float>(b);
+  const auto signals = [](const float& f) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &f, 4);
+    return (bits & 0x7fffffffu) > 0x7f800000u && !(bits & 0x400000u);
+  };
   for (int i = 0; i < 16; ++i) {
     const float sign = x.at[i];
     const bool less = __builtin_fabsf(y.at[i]) < __builtin_fabsf(x.at[i]);
+    if (signals(sign) || signals(y.at[i])) {
+      x.at[i] = __builtin_nanf("");
+      continue;
+    }
     if (x.at[i] != x.at[i] || less == (imm == 2)) x.at[i] = y.at[i];
     if (imm == 2) x.at[i] = __builtin_copysignf(x.at[i], sign);
   }
