@@ -1,72 +1,25 @@
 // Attention backward: one task is one (batch, kv head), or one part of its query blocks, so that dk
 // and dv are summed by one thread in a fixed order. Formula: attention.h
 //
-// For each block of 64 queries and each block of 48 keys (32 by tiles): S^T = K Q^T and dP^T = V
+// For each block of 64 queries and each block of 48 keys (32 by AMX): S^T = K Q^T and dP^T = V
 // dO^T with queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T += K^T dS^T
 // with queries in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into fp32 sums
-// over all keys; bf16 by tiles (AMX), in pairs or widened, as forward. 10 * Tq * Tk * D flops per
-// head. What the causal limit hides is skipped as in the forward.
+// over all keys; bf16 by tiles (AMX), in pairs or widened, as forward, and long fp32 by AMX in bf16
+// parts (attention_split.h), into which keys and values are split once for all queries. What the
+// causal limit hides is skipped as in the forward. 10 * Tq * Tk * D flops per head.
 #include "attention.h"
 
 #include "attention_amx.h"
+#include "attention_bwd_rows.h"
 #include "attention_dropout.h"
 #include "attention_grad.h"
 #include "attention_score.h"
+#include "attention_split.h"
 #include "attention_tile.h"
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
-
-struct Scratch {
-  float *q, *g;            // [padded D][64], [padded Dv][64]; half as many rows in pairs
-  float *q_rows, *g_rows;  // [64][padded D], [64][padded Dv]; pairs: [32][...], two queries a cell
-  float *s, *dp;           // [kGradKeys][64]
-  float* dq;               // [padded D][64]
-  float *k, *v;            // a block of keys and values, widened
-  float* k_pairs;          // [kGradKeys / 2][padded D]; tiles: [padded D][kGradTiled / 2]
-  float* sums;             // tiles: [kGradTiled][the wider padded dimension]
-  bf16 *p16, *ds16;        // [kGradKeys][64]
-  float* ds_pairs;         // [kGradKeys / 2][64]
-  float *bias, *factor;
-  void* zeros;
-  GradLanes lanes;
-};
-
-constexpr int64_t kGradTiled = 32;  // keys of a block by tiles; at most kGradKeys
-
-LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
-
-template <class T, Way kWay, bool kForm>
-LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
-  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
-  Scratch s{};
-  s.q = arena.take<float>(dim * kLanes);
-  s.g = arena.take<float>(dim_v * kLanes);
-  s.q_rows = arena.take<float>(dim * kLanes);
-  s.g_rows = arena.take<float>(dim_v * kLanes);
-  s.s = arena.take<float>(kGradKeys * kLanes);
-  s.dp = arena.take<float>(kGradKeys * kLanes);
-  s.dq = arena.take<float>(dim * kLanes);
-  if (kWay != Way::widened) {
-    const bool tiles = kWay == Way::tiles;
-    s.k = arena.take<float>(tiles || p.dim % 2 ? kGradKeys * dim / 2 : 0);
-    s.v = arena.take<float>(tiles || p.dim_v % 2 ? kGradKeys * dim_v / 2 : 0);
-    s.sums = arena.take<float>(tiles ? kGradTiled * max64(dim, dim_v) : 0);
-    s.k_pairs = arena.take<float>(kGradKeys / 2 * dim);
-    s.p16 = arena.take<bf16>(kGradKeys * kLanes);
-    s.ds16 = arena.take<bf16>(kGradKeys * kLanes);
-    s.ds_pairs = arena.take<float>(kGradKeys / 2 * kLanes);
-  } else if (sizeof(T) == 2) {
-    s.k = arena.take<float>(kGradKeys * dim);
-    s.v = arena.take<float>(kGradKeys * dim_v);
-  }
-  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kGradKeys));
-  s.factor = arena.take<float>(kLanes);
-  s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
-  s.lanes = take_grad_lanes(p, arena);
-  return s;
-}
 
 template <bool kPairs, bool kNatural>
 LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, Vec factor) {
@@ -95,8 +48,9 @@ LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, V
 
 template <class T, Way kWay, bool kForm>
 struct Backward {
-  static constexpr bool kNatural = kForm, kPairs = kWay != Way::widened;
-  static constexpr int64_t kKeys = kWay == Way::tiles ? kGradTiled : kGradKeys;
+  static constexpr bool kNatural = kForm, kPairs = kWay == Way::pairs || kWay == Way::tiles;
+  static constexpr int64_t kKeys =
+      kWay == Way::tiles || kWay == Way::split ? kGradTiled : kGradKeys;
   const AttentionGradParams& g;
   const AttentionParams& p;
   const Scratch& s;
@@ -104,6 +58,12 @@ struct Backward {
   float *dk, *dv;  // [Tk][padded D], [Tk][padded Dv], fp32
 
   Vec factor() const { return set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e); }
+
+  // Split keys come in whole strips: those before `begin` are seen by none.
+  int64_t first_key() const {
+    return kWay == Way::split ? block.begin / kKeys * kKeys : block.begin;
+  }
+  int64_t strips_of(int64_t key) const { return key / kKeys * s.split.next; }
 
   // out [keys][64] = rows of k or v times packed queries; the rows as an operand.
   Cells products(const T* rows, int64_t stride, int keys, int64_t dim, float* copy, const float* b,
@@ -123,9 +83,17 @@ struct Backward {
 
   // Scores of a block of keys, modified.
   Cells block_scores(int64_t key, int keys, int* visible) const {
-    const T* k = key_run<T>(p, block, p.k, p.k_stride, key, keys).first;
+    [[maybe_unused]] const T* k = key_run<T>(p, block, p.k, p.k_stride, key, keys).first;
     for (int j = 0; j < block.vecs; ++j) visible[j] = clamp_int(block.vec_limit[j] - key, 0, keys);
-    const Cells k_cells = products(k, p.k_stride[2], keys, p.dim, s.k, s.q, visible, s.s);
+    Cells k_cells{};
+    if constexpr (kWay == Way::split) {
+#ifdef LLMOPS_HAS_TILES
+      scores_by_strips(s.split.k + strips_of(key), s.split.q, tiled_steps(p.dim), keys, block.vecs,
+                       visible, s.s, nullptr);
+#endif
+    } else {
+      k_cells = products(k, p.k_stride[2], keys, p.dim, s.k, s.q, visible, s.s);
+    }
     if (kForm || block.cuts(key, keys))
       modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, nullptr, s.lanes.slope);
     return k_cells;
@@ -142,7 +110,7 @@ struct Backward {
       s.lanes.norm[i] = s.lanes.lse[i] == -kInf ? 0.0f : 1.0f;
     }
     int visible[kBlockVecs];
-    for (int64_t key = block.begin; key < block.end; key += kKeys) {
+    for (int64_t key = first_key(); key < block.end; key += kKeys) {
       block_scores(key, static_cast<int>(min64(kKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
         const float* score = s.s + j * W;
@@ -167,16 +135,36 @@ struct Backward {
 
   void add_keys(int64_t key, int keys) const {
     [[maybe_unused]] const T* k = key_run<T>(p, block, p.k, p.k_stride, key, keys).first;
-    const T* v = key_run<T>(p, block, p.v, p.v_stride, key, keys).first;
+    [[maybe_unused]] const T* v = key_run<T>(p, block, p.v, p.v_stride, key, keys).first;
     const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
     int visible[kBlockVecs];
     Cells k_cells = block_scores(key, keys, visible);
-    products(v, p.v_stride[2], keys, p.dim_v, s.v, s.g, visible, s.dp);
+    if constexpr (kWay == Way::split) {
+#ifdef LLMOPS_HAS_TILES
+      scores_by_strips(s.split.v + strips_of(key), s.split.g, tiled_steps(p.dim_v), keys,
+                       block.vecs, visible, s.dp, nullptr);
+#endif
+    } else {
+      products(v, p.v_stride[2], keys, p.dim_v, s.v, s.g, visible, s.dp);
+    }
     if (kForm && s.lanes.keep) dropout_weights(p, block, key, visible, s.lanes.keep);
     for (int j = 0; j < block.vecs; ++j)
       if (visible[j] > 0) grad_block<kPairs, kNatural>(s, j, visible[j], keys, factor());
 
 #ifdef LLMOPS_HAS_TILES
+    if constexpr (kWay == Way::split) {
+      // Strips first, products then: a tile waits for what was just written.
+      const int64_t all = tiled_steps(block.count);
+      const int64_t first = split_by_key(s.s, block.count, block.vecs, visible, s.split.p);
+      split_by_key(s.dp, block.count, block.vecs, visible, s.split.ds);
+      add_to_keys_by_strips(s.split.p, s.split.g_rows, first, all, dim_v, keys, dv + key * dim_v,
+                            s.sums);
+      add_to_keys_by_strips(s.split.ds, s.split.q_rows, first, all, dim, keys, dk + key * dim,
+                            s.sums);
+      update_by_strips(s.split.k_turned + strips_of(key), 1, p.dim, s.dp, block.vecs, visible, s.dq,
+                       nullptr, s.split.turned);
+      return;
+    }
     if constexpr (kWay == Way::tiles) {
       const auto add = [&](bf16* a, const float* b, int64_t ld, float* sums) {
         add_to_keys_by_tiles(a, b, ld, block.count, block.vecs, visible, keys, sums, s.sums);
@@ -227,9 +215,18 @@ struct Backward {
         widen_rows(q[i], 0, 1, p.dim, s.q_rows + i * dim, dim);
         widen_rows(grad[i], 0, 1, p.dim_v, s.g_rows + i * dim_v, dim_v);
       }
+#ifdef LLMOPS_HAS_TILES
+      if constexpr (kWay == Way::split) {
+        split_strips<false>(s.q, 1, kLanes, block.vecs * W, p.dim, s.split.q);
+        split_strips<false>(s.g, 1, kLanes, block.vecs * W, p.dim_v, s.split.g);
+        split_strips<false>(s.q_rows, 1, dim, dim, block.count, s.split.q_rows);
+        split_strips<false>(s.g_rows, 1, dim_v, dim_v, block.count, s.split.g_rows);
+      }
+#endif
     }
     for (int j = 0; j < block.vecs; ++j) {
-      const int64_t rows = kWay == Way::tiles ? round_up(p.dim, 16) : p.dim;  // tiles are whole
+      const int64_t whole = kWay == Way::split ? 32 : kWay == Way::tiles ? 16 : 1;
+      const int64_t rows = round_up(p.dim, whole);
       for (int64_t d = 0; d < rows; ++d) store(s.dq + d * kLanes + j * W, zero());
       store(s.factor + j * W, set1(p.scale));
     }
@@ -238,7 +235,7 @@ struct Backward {
       for (int i = 0; i < block.count; ++i)
         g.dsink[lse_at(p, block, i)] = -sink_weight(i) * s.lanes.norm[i] * s.lanes.delta[i];
     }
-    for (int64_t key = block.begin; key < block.end; key += kKeys)
+    for (int64_t key = first_key(); key < block.end; key += kKeys)
       add_keys(key, static_cast<int>(min64(kKeys, block.end - key)));
     T* dq[kLanes];
     block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
@@ -290,12 +287,13 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   QueryBlock block;
   const Backward<T, kWay, kForm> backward{g, p, s, block, dk, dv};
 #ifdef LLMOPS_HAS_TILES
-  if (kWay == Way::tiles) begin_tiles();
+  if (kWay == Way::tiles || kWay == Way::split) begin_tiles();
+  if constexpr (kWay == Way::split) split_keys<T>(p, sequence, of.group, s.split);
 #endif
   for (int64_t index = of.index; index < sequence.plan.blocks; index += parts)
     backward.run_block(of.group, index);
 #ifdef LLMOPS_HAS_TILES
-  if (kWay == Way::tiles) end_tiles();
+  if (kWay == Way::tiles || kWay == Way::split) end_tiles();
 #endif
   if (parts > 1) return;
   for (int64_t key = 0; key < keys; ++key)
@@ -332,7 +330,10 @@ int64_t attention_bwd_width(const AttentionParams& p) { return padded(p.dim) + p
 int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   Arena arena{nullptr}, pairs{nullptr};
   layout<bf16, Way::widened, kModified>(g.fwd, arena);
-  layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
+  if (g.fwd.type != DType::f32)
+    layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
+  else if (kHasTiles && active_isa() == Isa::amx)
+    layout<float, Way::split, kModified>(g.fwd, pairs);
   if (pairs.next > arena.next) arena.next = pairs.next;
   const bool all_in_parts = !g.fwd.sequences && g.fwd.plan.parts > 1;
   if (!all_in_parts) {
@@ -354,6 +355,11 @@ void attention_bwd(const AttentionGradParams& g, int64_t task, void* scratch) {
         break;
     }
   }
+#ifdef LLMOPS_HAS_TILES
+  const int64_t group = task_of_grad(g.fwd, task).group;
+  if (takes_split(g.fwd, sequence_of(g.fwd, group / g.fwd.kv_heads)))
+    return dispatch<float, Way::split>(g, task, scratch);
+#endif
   LLMOPS_DISPATCH(g.fwd.type, T, (dispatch<T, Way::widened>(g, task, scratch)));
 }
 

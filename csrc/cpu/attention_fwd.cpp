@@ -1,7 +1,7 @@
 // Attention forward: one task is a block of 64 query rows against all keys they see (or one part
 // of them). Formula: attention.h
 //
-// Keys come in blocks of up to 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
+// Keys come in blocks of about 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
 // scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
 // a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
 // by tiles (AMX) or in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16
@@ -134,8 +134,8 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     return;
   }
   if constexpr (kWay == Way::tiles) {
-    transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys / 2);
-    update_by_tiles(s.v, kKeys / 2, p.dim_v, s.pairs, block.vecs, visible, s.o, s.alpha);
+    transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys<kWay> / 2);
+    update_by_tiles(s.v, kKeys<kWay> / 2, p.dim_v, s.pairs, block.vecs, visible, s.o, s.alpha);
     return;
   }
 #endif
@@ -165,8 +165,8 @@ bool run(const AttentionParams& p, int64_t task, void* scratch) {
 #ifdef LLMOPS_HAS_TILES
   if (kWay == Way::tiles) begin_tiles();
 #endif
-  for_keys(block.sequence.plan, split, block.begin, block.end, kWay == Way::tiles ? 32 : kTileRows,
-           [&](int64_t key, int keys) { add_keys<T, kWay, kForm>(p, block, s, key, keys); });
+  for_keys<kWay>(block.sequence.plan, split, block.begin, block.end,
+                 [&](int64_t key, int keys) { add_keys<T, kWay, kForm>(p, block, s, key, keys); });
 #ifdef LLMOPS_HAS_TILES
   if (kWay == Way::tiles) end_tiles();
 #endif
@@ -198,7 +198,7 @@ bool run_split(const AttentionParams& p, int64_t task, void* scratch) {
   } while (count < kShared && index + count < block[0].sequence.plan.blocks);
 
   begin_tiles();
-  for_keys(block[0].sequence.plan, split, begin, end, kPair, [&](int64_t key, int keys) {
+  for_keys<Way::split>(block[0].sequence.plan, split, begin, end, [&](int64_t key, int keys) {
     const KeyRows<float> k =
         key_rows(p, block[0], p.k, p.k_stride, key, keys, p.dim, static_cast<float*>(s[0].k_page));
     split_strips<true>(k.first, k.stride, 1, keys, p.dim, s[0].k);
@@ -215,16 +215,6 @@ bool run_split(const AttentionParams& p, int64_t task, void* scratch) {
   for (int i = 0; i < count; ++i)
     resolved = finish_rows<float, kForm>(p, block[i], s[i], group, split) && resolved;
   return resolved;
-}
-#endif
-
-#ifdef LLMOPS_HAS_TILES
-// fp32 by AMX, from where splitting keys and values is paid for (benchmarks/NOTES.md).
-constexpr int64_t kSplitRows = 128, kSplitFrom = 512;
-LLMOPS_INLINE bool takes_split(const AttentionParams& p, int64_t task) {
-  if (p.type != DType::f32 || active_isa() != Isa::amx) return false;
-  const AttentionSequence sequence = sequence_of(p, task_of(p, task).group / p.kv_heads);
-  return p.heads / p.kv_heads * sequence.queries >= kSplitRows && sequence.keys >= kSplitFrom;
 }
 #endif
 
@@ -266,7 +256,7 @@ void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
     }
   }
 #ifdef LLMOPS_HAS_TILES
-  if (takes_split(p, task)) {
+  if (takes_split(p, sequence_of(p, task_of(p, task).group / p.kv_heads))) {
     if (is_modified(p) || !run_split<kPlain>(p, task, scratch))
       run_split<kModified>(p, task, scratch);
     return;

@@ -8,8 +8,10 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int kShared = 4;     // blocks of queries that share keys in strips
-constexpr int64_t kKeys = 96;  // of one block: S and V stay in the first-level cache
+constexpr int kShared = 4;  // blocks of queries that share keys in strips
+// Of one block: S, P and V stay near, and what is done once for each block is done seldom.
+template <Way kWay>
+constexpr int64_t kKeys = kWay == Way::split ? 64 : 96;
 
 struct Scratch {
   float* q;                    // [padded D][64], or pairs [padded D / 2][64]
@@ -43,27 +45,28 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   Scratch s{};
   layout_rows<kWay>(p, arena, s);
-  s.s = arena.take<float>(kKeys * kLanes);
+  s.s = arena.take<float>(kKeys<kWay> * kLanes);
   if (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
-    s.pairs = arena.take<float>(strips_size(kPair, kKeys));
-    s.k = arena.take<float>(strips_size(kKeys, p.dim));
-    s.v = arena.take<float>(strips_size(p.dim_v, kKeys));
+    s.pairs = arena.take<float>(strips_size(kPair, kKeys<kWay>));
+    s.k = arena.take<float>(strips_size(kKeys<kWay>, p.dim));
+    s.v = arena.take<float>(strips_size(p.dim_v, kKeys<kWay>));
 #endif
   } else if (kWay != Way::widened) {
-    s.pairs = arena.take<float>(kKeys / 2 * kLanes);
-    s.k = arena.take<float>(p.dim % 2 || kWay == Way::tiles ? kKeys * dim / 2 : 0);
-    s.v = arena.take<float>(kKeys / 2 * dim_v);
+    s.pairs = arena.take<float>(kKeys<kWay> / 2 * kLanes);
+    s.k = arena.take<float>(p.dim % 2 || kWay == Way::tiles ? kKeys<kWay> * dim / 2 : 0);
+    s.v = arena.take<float>(kKeys<kWay> / 2 * dim_v);
   } else if (sizeof(T) == 2) {
-    s.k = arena.take<float>(kKeys * dim);
-    s.v = arena.take<float>(kKeys * dim_v);
+    s.k = arena.take<float>(kKeys<kWay> * dim);
+    s.v = arena.take<float>(kKeys<kWay> * dim_v);
   }
   if (p.page > 0) {
-    s.k_page = arena.take<T>(kKeys * p.dim);
-    s.v_page = arena.take<T>(kKeys * p.dim_v);
+    s.k_page = arena.take<T>(kKeys<kWay> * p.dim);
+    s.v_page = arena.take<T>(kKeys<kWay> * p.dim_v);
   }
-  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kKeys));
-  if (kForm && p.dropout.active) s.keep = arena.take<float>(kKeys * kLanes);
+  if (kForm && p.mask_kind != ScoreMask::none)
+    s.bias = arena.take<float>(mask_scratch(kKeys<kWay>));
+  if (kForm && p.dropout.active) s.keep = arena.take<float>(kKeys<kWay> * kLanes);
   return s;
 }
 
@@ -136,14 +139,15 @@ LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block
 }
 
 // f(key, keys) over [begin, end) of one split: blocks of equal size, so that the last one is not a
-// sliver, in multiples of `whole`.
-template <class F>
+// sliver, in multiples of the tiles' rows.
+template <Way kWay, class F>
 LLMOPS_INLINE void for_keys(const AttentionPlan& plan, int64_t split, int64_t begin, int64_t end,
-                            int64_t whole, const F& f) {
+                            const F& f) {
+  constexpr int64_t whole = kWay == Way::tiles || kWay == Way::split ? 32 : kTileRows;
   const int64_t part = plan.first_key + split * plan.split_keys;
   begin = max64(begin, part), end = min64(end, part + plan.split_keys);
   if (end <= begin) return;
-  const int64_t blocks = (end - begin + kKeys - 1) / kKeys;
+  const int64_t blocks = (end - begin + kKeys<kWay> - 1) / kKeys<kWay>;
   const int64_t step = round_up((end - begin + blocks - 1) / blocks, whole);
   for (int64_t key = begin; key < end; key += step)
     f(key, static_cast<int>(min64(step, end - key)));

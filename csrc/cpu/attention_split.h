@@ -1,5 +1,6 @@
-// The two products of attention's forward in fp32 by AMX: split_amx.h, whose strips are 32 keys or
-// dimensions (operand a: K, V^T) or 32 lanes of queries (operand b: Q, P).
+// The products of attention in fp32 by AMX: split_amx.h, whose strips are 32 keys or dimensions
+// (operand a: K, V, V^T, K^T, and P and dS by key), 32 lanes of queries (operand b: Q, dO, P, dS)
+// or 32 dimensions (operand b: the rows of Q and dO).
 #pragma once
 #include "attention_amx.h"
 #include "split_amx.h"
@@ -8,6 +9,13 @@
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
+
+// From where splitting keys and values is paid for (benchmarks/NOTES.md).
+constexpr int64_t kSplitRows = 128, kSplitFrom = 256;
+LLMOPS_INLINE bool takes_split(const AttentionParams& p, const AttentionSequence& sequence) {
+  return p.type == DType::f32 && active_isa() == Isa::amx && sequence.keys >= kSplitFrom &&
+         p.heads / p.kv_heads * sequence.queries >= kSplitRows;
+}
 
 // Floats of the strips of `outer` elements by `depth` steps.
 LLMOPS_INLINE int64_t strips_size(int64_t outer, int64_t depth) {
@@ -52,6 +60,37 @@ LLMOPS_OUTLINE void update_by_strips(const float* v, int64_t v_steps, int64_t ro
       split_product(v, strip, steps, out + d * kLanes + first * W, kLanes, true);
     v -= round_up(rows, kPair) / kPair * v_steps * kStepFloats;
   });
+}
+
+// P or dS of 32 keys [32][64] as a strip of operand a; what a vector of queries does not see is
+// overwritten with zeros. The first step of 32 queries that is in it, `count` queries' steps if
+// none.
+[[maybe_unused]] LLMOPS_OUTLINE int64_t split_by_key(float* a, int count, int vecs,
+                                                     const int* visible, float* strip) {
+  const int64_t all = tiled_steps(count);
+  int64_t first = all;
+  for (int j = 2 * static_cast<int>(all) - 1; j >= 0; --j) {
+    const int seen = j < vecs ? visible[j] : 0;
+    for (int k = seen; k < kPair; ++k) store(a + k * kLanes + j * W, zero());
+    if (seen > 0) first = j / 2;
+  }
+  split_strip<true>(a + first * kDepth, kLanes, 1, kPair, (all - first) * kDepth,
+                    strip + first * kStepFloats);
+  return first;
+}
+
+// sums [keys][ld] += A B, for up to 32 keys: a strip of queries from step `first` of `all` on, b
+// strips of 32 columns. copy: [32][ld], for the sums of keys that fill no tile.
+[[maybe_unused]] LLMOPS_OUTLINE void add_to_keys_by_strips(const float* a, const float* b,
+                                                           int64_t first, int64_t all, int64_t ld,
+                                                           int keys, float* sums, float* copy) {
+  if (first == all) return;
+  float* const out = keys == kPair ? sums : copy;
+  a += first * kStepFloats, b += first * kStepFloats;
+  for (int64_t c = 0; c < ld; c += kPair, b += all * kStepFloats)
+    split_product(a, b, all - first, out + c, ld, out == sums);
+  for (int64_t d = 0; out == copy && d < keys * ld; d += W)
+    store(sums + d, load(sums + d) + load(copy + d));
 }
 
 }  // namespace

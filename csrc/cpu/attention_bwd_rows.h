@@ -1,0 +1,106 @@
+// What attention's backward holds for a block of query rows, and the keys and values that it
+// splits.
+#pragma once
+#include "attention_grad.h"
+#include "attention_split.h"
+#include "attention_tile.h"
+
+namespace llmops::cpu::LLMOPS_ISA {
+namespace {
+
+constexpr int64_t kGradTiled = 32;  // keys of a block by AMX; at most kGradKeys
+
+// Strips of fp32 by AMX (attention_split.h).
+struct GradStrips {
+  float *q, *g;             // of lanes, by dimensions
+  float *q_rows, *g_rows;   // of dimensions, by queries
+  float *p, *ds;            // of a block of keys, by queries
+  float* turned;            // one of dS by keys
+  float *k, *v, *k_turned;  // of the first block of keys; the next one's are `next` floats on
+  int64_t next;
+};
+
+struct Scratch {
+  float *q, *g;            // [padded D][64], [padded Dv][64]; half as many rows in pairs
+  float *q_rows, *g_rows;  // [64][padded D], [64][padded Dv]; pairs: [32][...], two queries a cell
+  float *s, *dp;           // [kGradKeys][64]
+  float* dq;               // [padded D][64]
+  float *k, *v;            // a block of keys and values, widened
+  float* k_pairs;          // [kGradKeys / 2][padded D]; tiles: [padded D][kGradTiled / 2]
+  float* sums;             // by AMX: [kGradTiled][the wider padded dimension]
+  GradStrips split;
+  bf16 *p16, *ds16;  // [kGradKeys][64]
+  float* ds_pairs;   // [kGradKeys / 2][64]
+  float *bias, *factor;
+  void* zeros;
+  GradLanes lanes;
+};
+
+LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
+
+template <class T, Way kWay, bool kForm>
+LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+  Scratch s{};
+  s.q = arena.take<float>(dim * kLanes);
+  s.g = arena.take<float>(dim_v * kLanes);
+  s.q_rows = arena.take<float>(dim * kLanes);
+  s.g_rows = arena.take<float>(dim_v * kLanes);
+  s.s = arena.take<float>(kGradKeys * kLanes);
+  s.dp = arena.take<float>(kGradKeys * kLanes);
+  s.dq = arena.take<float>(dim * kLanes);
+  if (kWay == Way::split) {
+#ifdef LLMOPS_HAS_TILES
+    s.sums = arena.take<float>(kGradTiled * max64(dim, dim_v));
+    s.split.p = arena.take<float>(strips_size(kGradTiled, kLanes));
+    s.split.ds = arena.take<float>(strips_size(kGradTiled, kLanes));
+    s.split.turned = arena.take<float>(strips_size(kPair, kGradTiled));
+    s.split.q = arena.take<float>(strips_size(kLanes, p.dim));
+    s.split.g = arena.take<float>(strips_size(kLanes, p.dim_v));
+    s.split.q_rows = arena.take<float>(strips_size(p.dim, kLanes));
+    s.split.g_rows = arena.take<float>(strips_size(p.dim_v, kLanes));
+    s.split.next = 2 * strips_size(kGradTiled, p.dim) + strips_size(kGradTiled, p.dim_v);
+    s.split.k = arena.take<float>(round_up(p.keys, kGradTiled) / kGradTiled * s.split.next);
+    s.split.k_turned = s.split.k + strips_size(kGradTiled, p.dim);
+    s.split.v = s.split.k_turned + strips_size(p.dim, kGradTiled);
+#endif
+  } else if (kWay != Way::widened) {
+    const bool tiles = kWay == Way::tiles;
+    s.k = arena.take<float>(tiles || p.dim % 2 ? kGradKeys * dim / 2 : 0);
+    s.v = arena.take<float>(tiles || p.dim_v % 2 ? kGradKeys * dim_v / 2 : 0);
+    s.sums = arena.take<float>(tiles ? kGradTiled * max64(dim, dim_v) : 0);
+    s.k_pairs = arena.take<float>(kGradKeys / 2 * dim);
+    s.p16 = arena.take<bf16>(kGradKeys * kLanes);
+    s.ds16 = arena.take<bf16>(kGradKeys * kLanes);
+    s.ds_pairs = arena.take<float>(kGradKeys / 2 * kLanes);
+  } else if (sizeof(T) == 2) {
+    s.k = arena.take<float>(kGradKeys * dim);
+    s.v = arena.take<float>(kGradKeys * dim_v);
+  }
+  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kGradKeys));
+  s.factor = arena.take<float>(kLanes);
+  s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
+  s.lanes = take_grad_lanes(p, arena);
+  return s;
+}
+
+#ifdef LLMOPS_HAS_TILES
+// A group's keys and values, all blocks of them.
+template <class T>
+LLMOPS_INLINE void split_keys(const AttentionParams& p, const AttentionSequence& sequence,
+                              int64_t group, const GradStrips& out) {
+  const int64_t batch = group / p.kv_heads, head = group % p.kv_heads;
+  for (int64_t key = 0; key < sequence.keys; key += kGradTiled) {
+    const int64_t row = sequence.key_start + key, to = key / kGradTiled * out.next;
+    const int64_t keys = min64(kGradTiled, sequence.keys - key);
+    const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, batch, head, row);
+    const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, batch, head, row);
+    split_strips<true>(k, p.k_stride[2], 1, keys, p.dim, out.k + to);
+    split_strips<true>(k, 1, p.k_stride[2], p.dim, keys, out.k_turned + to);
+    split_strips<true>(v, p.v_stride[2], 1, keys, p.dim_v, out.v + to);
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace llmops::cpu::LLMOPS_ISA
