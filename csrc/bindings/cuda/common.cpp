@@ -80,8 +80,10 @@ Rows Launcher::broadcast_rows(const Tensor& t, const Tensor& x, const char* what
   const int64_t shift = x.dim() - t.dim();
   const auto strides_of = [&](const Tensor& from) {
     std::vector<int64_t> strides(sizes.size(), 0);
+    // Of its own: t's copy has as many dimensions as x.
+    const int64_t missing = x.dim() - from.dim();
     for (int64_t d = 0; d < from.dim(); ++d)
-      if (from.size(d) != 1) strides[d + shift] = from.stride(d);
+      if (from.size(d) != 1) strides[d + missing] = from.stride(d);
     return strides;
   };
   for (int64_t d = 0; d < t.dim(); ++d)
