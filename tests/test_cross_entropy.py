@@ -155,6 +155,21 @@ def test_cross_entropy_infinities_and_nan(target: Target) -> None:
 
 
 @TARGETS
+@pytest.mark.parametrize("shape", [(3, 5, 0), (0, 5, 4), (3, 5, 0, 2), (2, 5, 3, 0, 4)])
+def test_cross_entropy_of_no_rows(target: Target, shape: tuple[int, ...]) -> None:
+    """Whichever of several leading dimensions it is that has none."""
+    x = torch.randn(shape, requires_grad=True)
+    ids = torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+    for reduction in ("none", "sum", "mean"):
+        with target.active():
+            loss = llmops.cross_entropy(x, ids, reduction=reduction, backend=target.backend)
+            (dx,) = torch.autograd.grad(loss.sum(), x)
+        expected = F.cross_entropy(x, ids, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert dx.shape == x.shape
+
+
+@TARGETS
 def test_cross_entropy_ignored_rows_are_not_read(target: Target) -> None:
     x, ids = torch.randn(4, 30), torch.tensor([1, -100, 2, -100])
     x[1] = math.nan

@@ -152,6 +152,14 @@ def test_cuda_sim_shows_missing_waits(sim: Any, name: str) -> None:
     assert wrong >= len(SEEDS) - 1, wrong
 
 
+def test_cuda_sim_shows_reads_past_shared_memory(sim: Any) -> None:
+    """They are no fault without AddressSanitizer, and must not look like a small number."""
+    for seed in SEEDS:
+        y = run(sim, "shared read past its end", seed=seed)
+        assert torch.equal(y[:-1], torch.arange(127) + 0.5)
+        assert not abs(y[-1].item()) < 1e30, y[-1].item()
+
+
 def test_cuda_sim_schedules_differ_and_repeat(sim: Any) -> None:
     found = [run(sim, "missing barrier", seed=s).isnan().tolist() for s in (*SEEDS, 0)]
     assert found[0] == found[-1]

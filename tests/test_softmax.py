@@ -146,3 +146,20 @@ def test_softmax_rows_that_a_mask_lowers_alike(target: Target) -> None:
     with target.active():
         got = llmops.softmax(x, mask=mask, backend=target.backend)
     torch.testing.assert_close(got, torch.softmax(x + mask, -1))
+
+
+@TARGETS
+@pytest.mark.parametrize(
+    "shape", [(4, 1, 5, 1, 2, 1), (1, 5, 1, 2, 1), (5, 1, 2, 1), (5, 1, 2, 33)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_mask_that_many_strides_walk(
+    target: Target, shape: tuple[int, ...], causal: bool
+) -> None:
+    """Broadcast along every other dimension of x, of as many dimensions as x has and of fewer."""
+    x, mask = torch.randn(4, 3, 5, 3, 2, 33), torch.randn(shape)
+    with target.active():
+        got = llmops.softmax(x, mask=mask, causal=causal, backend=target.backend)
+    oracle = reference.softmax(x.double(), mask=mask.double(), causal=causal)
+    yardstick = reference.softmax(x, mask=mask, causal=causal)
+    assert_close(got, oracle, yardstick, factor=2.0, what="softmax")

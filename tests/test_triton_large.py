@@ -159,15 +159,16 @@ def test_triton_large_norm_parameters(edge: Callable[[int], None]) -> None:
     )  # fmt: skip
     assert torch.equal(sums[0], sums[-1]) and bool(sums[0].any())
     del sums
-    programs, n = 70, 2**31 // 70 + 64
-    sums, total = torch.empty(programs, n), torch.empty(n)
-    ends = [*range(32), *range((n - 1) // 32 * 32, n)]
-    sums[:, ends] = torch.randn(programs, len(ends))
-    launch(
-        _norm_bwd.norm_sum_kernel, (cdiv(n, 32),), sums, None, total, None, programs, n,
-        PROGRAMS=32, COLUMNS=32,
-    )  # fmt: skip
-    torch.testing.assert_close(total[ends], sums[:, ends].sum(0))
+    for programs, n in ((70, 2**31 // 70 + 64), (1, 2**31 + 64)):  # and of one row, that long
+        sums, total = torch.empty(programs, n), torch.empty(n)
+        ends = [*range(32), *range((n - 1) // 32 * 32, n)]
+        sums[:, ends] = torch.randn(programs, len(ends))
+        launch(
+            _norm_bwd.norm_sum_kernel, (cdiv(n, 32),), sums, None, total, None, programs, n,
+            PROGRAMS=32, COLUMNS=32,
+        )  # fmt: skip
+        torch.testing.assert_close(total[ends], sums[:, ends].sum(0))
+        del sums, total
 
 
 @pytest.mark.parametrize("axis", ("batch", "heads"))

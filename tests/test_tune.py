@@ -131,6 +131,9 @@ assert "cannot be read" in str(seen[0].message) and "tables serve" in str(seen[0
     for other in ("", [["softmax"]], [["softmax", 64, {}]], [["softmax", [64], "BLOCK"]], 5):
         file.write_text(json.dumps({device: other}) if other else "no json")
         assert in_fresh_python(warned + use, file, "0").strip() == "[1, 1, 1, 1, 1]", other
+    for whole in ("[1]", "5"):
+        file.write_text(whole)
+        assert in_fresh_python(warned + use, file, "0").strip() == "[1, 1, 1, 1, 1]", whole
     homeless = """
 import os, pathlib
 def home():
@@ -139,6 +142,44 @@ pathlib.Path.home = home
 del os.environ["LLMOPS_TUNED"]
 """
     assert in_fresh_python(homeless + use, file, "0").strip() == "[1, 1, 1, 1, 1]"
+
+
+WRITER = """
+import os, sys, time, torch
+from llmops.kernels.triton import _config
+who = int(sys.argv[1])
+open(os.environ["LLMOPS_TUNED"] + f".ready{who}", "w").close()
+while not all(os.path.exists(os.environ["LLMOPS_TUNED"] + f".ready{i}") for i in range(3)):
+    time.sleep(0.01)
+for i in range(60):
+    _config.save({"softmax": {(1000 * who + i, torch.float32): {"ROWS": 2}}})
+"""
+
+
+def test_tune_by_several_processes_loses_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    environment = {**os.environ, "LLMOPS_TUNED": str(file), "TRITON_INTERPRET": "0"}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(i)], cwd=ROOT, env=environment)
+        for i in range(3)
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    (entries,) = json.loads(file.read_text()).values()
+    assert len(entries) == 180
+
+
+def test_tune_says_that_it_cannot_keep_what_it_found(tmp_path: Path) -> None:
+    """No folder can be made within a file, whoever runs the test."""
+    (tmp_path / "file").touch()
+    save = """
+from llmops.kernels.triton import _config
+try:
+    _config.save({"softmax": {(64,): {"ROWS": 2}}})
+except ValueError as error:
+    print(error)
+"""
+    out = in_fresh_python(save, tmp_path / "file" / "tuned.json", "0")
+    assert "cannot be kept" in out and str(tmp_path / "file") in out and "LLMOPS_TUNED" in out
 
 
 def test_tune_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:

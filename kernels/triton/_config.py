@@ -22,6 +22,11 @@ import torch
 import triton
 from llmops.kernels.triton import _launch
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that tune at a time may lose what one of them found
+    fcntl = None  # type: ignore[assignment]
+
 Config = dict[str, Any]
 Key = tuple[Any, ...]
 # device -> op -> key -> configuration: what tuning found there, of devices that were asked for.
@@ -89,7 +94,9 @@ def _where() -> str:
 def _read() -> dict[str, Any]:
     try:
         found = json.loads(file().read_text())
-        return found if isinstance(found, dict) else {}
+        if isinstance(found, dict):
+            return found
+        raise ValueError("it holds no table by device")
     except FileNotFoundError:
         return {}
     except RuntimeError:  # a user without a home, who has tuned nothing
@@ -118,6 +125,23 @@ def load() -> dict[str, dict[Key, Config]]:
 
 def save(found: dict[str, dict[Key, Config]]) -> None:
     """Adds to the file, and uses it from now on."""
+    try:
+        path = file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            # Until it is closed, or what another process finds meanwhile would be lost.
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            _write(path, found)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise ValueError(
+            f"llmops tune: what it found cannot be kept ({error}); set the environment variable "
+            f"LLMOPS_TUNED to a file that can be written"
+        ) from error
+    _tuned.clear()
+
+
+def _write(path: Path, found: dict[str, dict[Key, Config]]) -> None:
     everything = _read()
     merged = {op: dict(configs) for op, configs in load().items()}
     for op, configs in found.items():
@@ -127,12 +151,9 @@ def save(found: dict[str, dict[Key, Config]]) -> None:
         for op, configs in merged.items()
         for key, config in configs.items()
     ]
-    path = file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")  # whole or not at all, for other processes' reads
     part.write_text(json.dumps(everything, indent=1) + "\n")
     part.replace(path)
-    _tuned.clear()
 
 
 def _encoded(part: Any) -> Any:

@@ -174,7 +174,7 @@ def norm_sum_kernel(
     PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dweight, dbias [n]: the programs' sums [programs, n], added in their order."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     weights = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
     biases = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
     for begin in range(0, programs, PROGRAMS):
@@ -183,7 +183,7 @@ def norm_sum_kernel(
         weights += tl.load(weight_sums + at, mask=inside, other=0.0)
         if dbias is not None:
             biases += tl.load(bias_sums + at, mask=inside, other=0.0)
-    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     tl.store(dweight + at, tl.sum(weights, 0).to(dweight.dtype.element_ty), mask=at < n)
     if dbias is not None:
         tl.store(dbias + at, tl.sum(biases, 0).to(dbias.dtype.element_ty), mask=at < n)

@@ -10,7 +10,8 @@ namespace cuda_sim {
 namespace {
 
 constexpr size_t kRedZone = 64;  // around each piece of shared memory
-constexpr unsigned char kPoison = 0xff, kCanary = 0xa5;
+// NaN; and what is NaN in fp16 and -1.7e38 in bf16 and fp32, for whoever reads it.
+constexpr unsigned char kPoison = 0xff, kCanary = 0xfe;
 
 void land(const Copy& copy) {
   if (copy.from) {

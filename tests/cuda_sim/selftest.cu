@@ -83,6 +83,13 @@ __global__ void shared_out_of_range_kernel(float* y) {
   store(y + threadIdx.x, small[0]);
 }
 
+__global__ void shared_read_past_end_kernel(const float* x, float* y) {
+  LLMOPS_SHARED(float, own, 128);
+  own[threadIdx.x] = load(x + threadIdx.x);
+  __syncthreads();
+  store(y + threadIdx.x, 0.5f * (own[threadIdx.x] + own[threadIdx.x + 1]));
+}
+
 // Block 1 relies on what block 0 left in shared memory.
 __global__ void stale_shared_kernel(float* y) {
   LLMOPS_SHARED(float, left, 128);
@@ -250,6 +257,7 @@ bool selftest(const std::string& name, const float* x, float* y, int n) {
       ONE("misaligned", misaligned_kernel, 1, 128, 0, x, y),
       ONE("misaligned matrix", misaligned_matrix_kernel, 1, 32, 0, y),
       ONE("shared out of range", shared_out_of_range_kernel, 1, 128, 0, y),
+      ONE("shared read past its end", shared_read_past_end_kernel, 1, 128, 0, x, y),
       ONE("stale shared", stale_shared_kernel, 2, 128, 0, y),
       ONE("copy not waited for", (copy_kernel<false, false>), 1, 128, 512, x, y),
       ONE("copy waited for late", (copy_kernel<true, true>), 1, 128, 512, x, y),

@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include <algorithm>
+
 namespace llmops {
 namespace {
 
@@ -52,9 +54,11 @@ Rows Launcher::strided_rows(const Tensor& t, const std::vector<int64_t>& sizes,
                             const std::vector<int64_t>& strides, int64_t step) {
   const Walk walk = merged(sizes, strides);
   const size_t dims = walk.sizes.size();
-  LLMOPS_CHECK(dims <= 3, name_, ": more than three strides from row to row");
   Rows rows{data(t), type_of(t, name_)};
   rows.step = step;
+  // No row to be found, and no Divisor of 0.
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return rows;
+  LLMOPS_CHECK(dims <= 3, name_, ": more than three strides from row to row");
   if (dims > 0) rows.stride_a = walk.strides[0];
   // Two dimensions are a and c, one is a alone.
   if (dims > 1)
@@ -80,8 +84,10 @@ Rows Launcher::broadcast_rows(const Tensor& t, const Tensor& x, const char* what
   const int64_t shift = x.dim() - t.dim();
   const auto strides_of = [&](const Tensor& from) {
     std::vector<int64_t> strides(sizes.size(), 0);
+    // Of its own: t's copy has as many dimensions as x.
+    const int64_t missing = x.dim() - from.dim();
     for (int64_t d = 0; d < from.dim(); ++d)
-      if (from.size(d) != 1) strides[d + shift] = from.stride(d);
+      if (from.size(d) != 1) strides[d + missing] = from.stride(d);
     return strides;
   };
   for (int64_t d = 0; d < t.dim(); ++d)
