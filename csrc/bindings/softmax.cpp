@@ -51,8 +51,11 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
   std::optional<Tensor> mask;
   const char* mask_data = nullptr;
   int64_t mask_size = 0;
-  // None for contiguous rows: its dozen small vectors would be a sixth of the time of one row.
+  // None for contiguous rows, nor for a single one: its dozen small vectors would be a sixth of the
+  // time of that.
   std::optional<RowIndex> index;
+  const int64_t count = x.numel();
+  const bool single = count == p.n;
   if (mask_in.has_value()) {
     mask = last_dim_dense(*mask_in);
     const bool boolean = mask->scalar_type() == ScalarType::Bool;
@@ -61,13 +64,14 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
     std::vector<int64_t> mask_strides = broadcast_strides(*mask, x);
     p.mask_step = mask_strides.back() != 0;
     mask_strides.pop_back();
-    index.emplace(leading_sizes(x), Strides{leading_strides(x), leading_strides(y), mask_strides});
+    if (!single)
+      index.emplace(leading_sizes(x),
+                    Strides{leading_strides(x), leading_strides(y), mask_strides});
     mask_data = static_cast<const char*>(mask->data_ptr());
     mask_size = element_size(mask->scalar_type());
-  } else if (!x.is_contiguous()) {
+  } else if (!single && !x.is_contiguous()) {
     index.emplace(leading_sizes(x), Strides{leading_strides(x), leading_strides(y)});
   }
-  const int64_t count = x.numel();
   if (count == 0) return y;
 
   const int64_t queries = causal ? x.size(-2) : 1, n = p.n;
@@ -95,6 +99,11 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
     }
   });
   return y;
+}
+
+// The call without options: four defaults that the dispatcher need not look up and convert.
+Tensor softmax_plain_cpu(const Tensor& x) {
+  return softmax_fwd_cpu(x, 1.0, std::nullopt, false, std::nullopt);
 }
 
 Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, ScalarType x_type) {
@@ -128,9 +137,13 @@ Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kSoftmaxSchemas); }
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
+  define(m, kSoftmaxSchemas);
+  m.def("softmax_fwd.plain(Tensor x) -> Tensor");
+}
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cpu));
+  m.impl("softmax_fwd.plain", TORCH_BOX(&softmax_plain_cpu));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cpu));
 }
 

@@ -138,6 +138,7 @@ def describe(call: Call) -> str:
 if _extension.REASON is None:
     _raw = torch.ops.llmops_cpu
     softmax = _raw.softmax_fwd.default
+    softmax_plain = _raw.softmax_fwd.plain
     softmax_bwd = _raw.softmax_bwd.default
     rope = _raw.rope.default
     rope_qk = _raw.rope_qk.default
