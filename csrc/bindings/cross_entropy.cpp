@@ -68,10 +68,17 @@ struct Loss {
 template <class F>
 void for_logits(const Tensor& x, const F& f) {
   const int64_t n = x.size(-1), step = x.stride(-1), size = element_size(x.scalar_type());
+  const auto* data = static_cast<const char*>(x.data_ptr());
+  if (x.is_contiguous() && n > 0) {
+    // No row index, whose vectors would show in a call of one row.
+    parallel_rows(x.numel() / n, n, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) f(r, data + r * n * size);
+    });
+    return;
+  }
   std::vector<int64_t> sizes = shape_of(x);
   sizes.pop_back();
   const RowIndex index(sizes, {leading_strides(x)});
-  const auto* data = static_cast<const char*>(x.data_ptr());
   if (step == 1 || n <= 1) {
     parallel_rows(index.rows(), n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) f(r, data + index.offset(0, r) * size);
