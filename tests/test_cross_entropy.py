@@ -97,6 +97,7 @@ def test_cross_entropy_reference_is_torch(data: st.DataObject) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.usefixtures("common_cache")
 @pytest.mark.parametrize(
     ("classes", "dtype", "weighted"),
     [(16384, torch.float32, False), (16387, torch.float32, True), (16387, torch.bfloat16, False)],

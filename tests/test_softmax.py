@@ -67,6 +67,7 @@ def test_softmax_hypothesis(target: Target, data: st.DataObject) -> None:
     assert_close(got, oracle, torch_softmax(x, **arguments), factor=2.0, what="softmax")
 
 
+@pytest.mark.usefixtures("common_cache")
 @pytest.mark.parametrize("n", [2048, 2050])
 def test_softmax_backward_past_the_caches(n: int) -> None:
     """Over 32 MiB the gradient is written by non-temporal stores where rows are aligned."""

@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& x, const Tensor& 
 
 // Writes the gradient into dx: [..., C] with dense rows.
 void backward(const Loss& loss, const Tensor& grad_in, const std::optional<Tensor>& grad_lse_in,
-              const Tensor& lse_in, const Tensor& dx, bool past_caches) {
+              const Tensor& lse_in, const Tensor& dx, bool stream) {
   const Tensor grad = torch::stable::contiguous(grad_in);
   const Tensor lse = torch::stable::contiguous(lse_in);
   const int64_t rows = loss.target.count();
@@ -263,7 +263,7 @@ void backward(const Loss& loss, const Tensor& grad_in, const std::optional<Tenso
     const double spread = uniform != 0.0 ? all_weights : 0.0;
     at.a = toward * weight + at.c * spread + normalizer;
     at.rest = uniform != 0.0 ? at.c * (spread - weight) + normalizer : normalizer;
-    kernel(type, loss.classes, logits, at, loss.weight, past_caches, row);
+    kernel(type, loss.classes, logits, at, loss.weight, stream, row);
   });
   if (bad.load() >= 0) loss.fail(loss.target.data()[bad.load()]);
 }
@@ -275,8 +275,7 @@ Tensor cross_entropy_bwd_cpu(const Tensor& grad, const std::optional<Tensor>& gr
                              int64_t reduction) {
   const Loss loss(x, target, weight, ignore_index, label_smoothing, z_loss, reduction);
   Tensor dx = new_output(x, shape_of(x));
-  const bool past_caches = dx.numel() * element_size(dx.scalar_type()) > kPastCacheBytes;
-  backward(loss, grad, grad_lse, lse, dx, past_caches);
+  backward(loss, grad, grad_lse, lse, dx, past_caches(dx.numel() * element_size(dx.scalar_type())));
   return dx;
 }
 

@@ -122,13 +122,11 @@ Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, 
   const auto* grad_data = static_cast<const char*>(grad.data_ptr());
   auto* dx_data = static_cast<char*>(dx.data_ptr());
   const int64_t y_size = element_size(y.scalar_type()), dx_size = element_size(x_type);
-  // y, dy and dx together no longer fit the last-level cache of common servers (32 MiB per
-  // complex).
-  const bool past_caches = dx.numel() * (2 * y_size + dx_size) > (32 << 20);
+  const bool stream = past_caches(dx.numel() * (2 * y_size + dx_size));
   const auto kernel = LLMOPS_CPU_CALL(softmax_bwd_row);
   parallel_rows(index.rows(), n, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      kernel(y_type, dx_type, n, static_cast<float>(scale), past_caches,
+      kernel(y_type, dx_type, n, static_cast<float>(scale), stream,
              y_data + index.offset(0, r) * y_size, grad_data + index.offset(1, r) * y_size,
              dx_data + index.offset(2, r) * dx_size);
   });
