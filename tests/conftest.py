@@ -85,6 +85,21 @@ def one_thread():
 
 
 @pytest.fixture
+def common_cache():
+    """The kernels' AVX-512-BF16 copies where AMX is at hand: the same code, but results beyond
+    32 MiB are stored past the caches, and not only those beyond a cache of hundreds."""
+    from llmops.backends import _extension
+
+    active = _extension.REASON is None and torch.ops.llmops_cpu.isa_active()
+    if active != "amx":
+        yield
+        return
+    _extension.select_isa("avx512_bf16")
+    yield
+    _extension.select_isa(active)
+
+
+@pytest.fixture
 def sim(one_thread: None) -> Any:
     """The module of the CUDA simulator, for tests that call its kernels themselves and may set its
     schedule. Afterwards it draws again, and for the kit another seed for every call."""

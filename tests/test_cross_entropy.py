@@ -97,6 +97,7 @@ def test_cross_entropy_reference_is_torch(data: st.DataObject) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.usefixtures("common_cache")
 @pytest.mark.parametrize(
     ("classes", "dtype", "weighted"),
     [(16384, torch.float32, False), (16387, torch.float32, True), (16387, torch.bfloat16, False)],
@@ -364,3 +365,30 @@ def test_cross_entropy_module_replaces_torch() -> None:
     assert nn.CrossEntropyLoss(z_loss=1.0)(x, ids) > nn.CrossEntropyLoss()(x, ids)
     with pytest.raises(NotImplementedError, match="triton"):
         nn.CrossEntropyLoss(backend="triton")(x, ids)
+
+
+@TARGETS
+def test_cross_entropy_short_way_is_the_long_way(target: Target) -> None:
+    """A call that names no backend goes past the checks: the same bits, whatever is left out."""
+    if target.backend != "cpu":
+        pytest.skip("only the CPU's kernels have a short way")
+    x, classes = torch.randn(5, 37), torch.tensor([3, -100, 36, 0, 7])
+    with target.active(), torch.no_grad():
+        for values in (x, x.bfloat16(), x.t().contiguous().t()):
+            for options in (
+                {},
+                {"reduction": "sum"},
+                {"reduction": "none"},
+                {"dtype": torch.float32},
+            ):
+                want, got = (
+                    llmops.cross_entropy(values, classes, **options, backend=way)  # type: ignore[arg-type]
+                    for way in ("cpu", None)
+                )
+                assert got.dtype == want.dtype and torch.equal(got, want)
+            ignoring = llmops.cross_entropy(values, classes.clamp(0), ignore_index=0)
+            want = llmops.cross_entropy(values, classes.clamp(0), ignore_index=0, backend="cpu")
+            assert torch.equal(ignoring, want)
+    with pytest.raises(IndexError, match="0 classes"):
+        llmops.cross_entropy(torch.zeros(2, 0), torch.tensor([0, 0]))
+    assert bool(llmops.cross_entropy(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)).isnan())

@@ -150,6 +150,7 @@ def test_layer_norm_hypothesis(target: Target, data: st.DataObject) -> None:
         assert_close(g, o, y, factor=2.0, what="layer_norm")
 
 
+@pytest.mark.usefixtures("common_cache")
 def test_layer_norm_beyond_the_cache() -> None:
     """Outputs larger than the last-level cache are written past it: the same values."""
     x, residual, weight = torch.randn(4200, 2064), torch.randn(4200, 2064), torch.randn(2064)
@@ -199,3 +200,26 @@ def test_layer_norm_without_gradients_refuses_a_list_by_name() -> None:
     x = torch.randn(2, 4)
     with torch.no_grad(), pytest.raises(TypeError, match="weight must be a Tensor; got list"):
         llmops.layer_norm(x, (4,), [1.0] * 4)  # type: ignore[arg-type]
+
+
+@TARGETS
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_norm_short_way_is_the_long_way(
+    target: Target, dtype: torch.dtype, eps: float
+) -> None:
+    """A call that names no backend goes past the checks: the same bits, whatever is left out."""
+    if target.backend != "cpu":
+        pytest.skip("only the CPU's kernels have a short way")
+    x, residual = torch.randn(2, 3, 37, dtype=dtype)
+    weight, bias = torch.randn(2, 37, dtype=dtype)
+    with target.active(), torch.no_grad():
+        for parameters in ((None, None), (weight, None), (None, bias), (weight, bias)):
+            want, got = (
+                (
+                    llmops.layer_norm(x, 37, *parameters, eps, backend=way),
+                    *llmops.add_layer_norm(x, residual, 37, *parameters, eps, backend=way),
+                )
+                for way in ("cpu", None)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

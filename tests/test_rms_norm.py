@@ -123,6 +123,7 @@ def test_rms_norm_hypothesis(target: Target, data: st.DataObject) -> None:
         assert_close(g, o, y, factor=2.0, what="rms_norm")
 
 
+@pytest.mark.usefixtures("common_cache")
 def test_rms_norm_beyond_the_cache() -> None:
     """Outputs larger than the last-level cache are written past it: the same values."""
     x, residual, weight = torch.randn(4200, 2064), torch.randn(4200, 2064), torch.randn(2064)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -66,6 +67,7 @@ def test_softmax_hypothesis(target: Target, data: st.DataObject) -> None:
     assert_close(got, oracle, torch_softmax(x, **arguments), factor=2.0, what="softmax")
 
 
+@pytest.mark.usefixtures("common_cache")
 @pytest.mark.parametrize("n", [2048, 2050])
 def test_softmax_backward_past_the_caches(n: int) -> None:
     """Over 32 MiB the gradient is written by non-temporal stores where rows are aligned."""
@@ -76,6 +78,35 @@ def test_softmax_backward_past_the_caches(n: int) -> None:
     (oracle,) = torch.autograd.grad(torch.softmax(wide, -1), wide, grad.double())
     (yardstick,) = torch.autograd.grad(torch.softmax(x, -1), x, grad)
     assert_close(got, oracle, yardstick, factor=3.0, what="softmax gradient")
+
+
+@pytest.mark.filterwarnings("ignore::llmops.dispatch.FallbackWarning")
+@TARGETS
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (3, 1, 37), (2, 3, 37), (0, 37)], ids=str)
+def test_softmax_short_way_is_the_long_way(target: Target, shape: tuple[int, ...]) -> None:
+    """A call that names no backend goes past the checks: the same bits, with every option."""
+    if target.backend != "cpu":
+        pytest.skip("only the CPU's kernels have a short way")
+    x = torch.randn(*shape, 2)[..., 0]  # strided; a single row's stride is nobody's
+    keep = torch.rand(shape[-1]) < 0.6
+    every = itertools.product(
+        (x, x.contiguous(), x.bfloat16()),
+        (None, keep, torch.randn(shape), torch.randn(()), torch.zeros(shape[-1]).bfloat16()),
+        (False, True) if len(shape) > 1 else (False,),
+        (None, torch.float32, torch.bfloat16, torch.float64),
+        (1.0, -0.3),
+    )
+    with target.active(), torch.no_grad():
+        for values, mask, causal, dtype, scale in every:
+            backend = "reference" if dtype == torch.float64 else "cpu"  # fp64: by either way
+            want, got = (
+                llmops.softmax(
+                    values, scale=scale, mask=mask, causal=causal, dtype=dtype, backend=way
+                )
+                for way in (backend, None)
+            )
+            assert got.dtype == want.dtype and got.shape == want.shape
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 def test_softmax_rows_sum_to_one_and_shift_invariant() -> None:

@@ -96,6 +96,10 @@ inline Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes) {
   return new_output(t, sizes, t.scalar_type());
 }
 
+// Whether outputs of so many bytes are stored past the caches: beyond the last level, caching them
+// would only push out what is still wanted, and the store past it saves reading the line first.
+bool past_caches(int64_t bytes);
+
 // Addresses the rows of a tensor [..., n] whose leading dimensions have any strides: dimensions
 // that follow each other in memory are merged, so that a contiguous tensor needs no division.
 class RowIndex {

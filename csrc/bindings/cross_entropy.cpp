@@ -68,10 +68,17 @@ struct Loss {
 template <class F>
 void for_logits(const Tensor& x, const F& f) {
   const int64_t n = x.size(-1), step = x.stride(-1), size = element_size(x.scalar_type());
+  const auto* data = static_cast<const char*>(x.data_ptr());
+  if (x.is_contiguous() && n > 0) {
+    // No row index, whose vectors would show in a call of one row.
+    parallel_rows(x.numel() / n, n, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) f(r, data + r * n * size);
+    });
+    return;
+  }
   std::vector<int64_t> sizes = shape_of(x);
   sizes.pop_back();
   const RowIndex index(sizes, {leading_strides(x)});
-  const auto* data = static_cast<const char*>(x.data_ptr());
   if (step == 1 || n <= 1) {
     parallel_rows(index.rows(), n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) f(r, data + index.offset(0, r) * size);
@@ -200,7 +207,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& x, const Tensor& 
 
 // Writes the gradient into dx: [..., C] with dense rows.
 void backward(const Loss& loss, const Tensor& grad_in, const std::optional<Tensor>& grad_lse_in,
-              const Tensor& lse_in, const Tensor& dx, bool past_caches) {
+              const Tensor& lse_in, const Tensor& dx, bool stream) {
   const Tensor grad = torch::stable::contiguous(grad_in);
   const Tensor lse = torch::stable::contiguous(lse_in);
   const int64_t rows = loss.target.count();
@@ -256,7 +263,7 @@ void backward(const Loss& loss, const Tensor& grad_in, const std::optional<Tenso
     const double spread = uniform != 0.0 ? all_weights : 0.0;
     at.a = toward * weight + at.c * spread + normalizer;
     at.rest = uniform != 0.0 ? at.c * (spread - weight) + normalizer : normalizer;
-    kernel(type, loss.classes, logits, at, loss.weight, past_caches, row);
+    kernel(type, loss.classes, logits, at, loss.weight, stream, row);
   });
   if (bad.load() >= 0) loss.fail(loss.target.data()[bad.load()]);
 }
@@ -268,8 +275,7 @@ Tensor cross_entropy_bwd_cpu(const Tensor& grad, const std::optional<Tensor>& gr
                              int64_t reduction) {
   const Loss loss(x, target, weight, ignore_index, label_smoothing, z_loss, reduction);
   Tensor dx = new_output(x, shape_of(x));
-  const bool past_caches = dx.numel() * element_size(dx.scalar_type()) > kPastCacheBytes;
-  backward(loss, grad, grad_lse, lse, dx, past_caches);
+  backward(loss, grad, grad_lse, lse, dx, past_caches(dx.numel() * element_size(dx.scalar_type())));
   return dx;
 }
 

@@ -5,9 +5,6 @@
 
 namespace llmops {
 
-// Outputs beyond the last-level cache are stored past it: caching them would only push out what is
-// still wanted.
-constexpr int64_t kPastCacheBytes = 32 << 20;
 // Elements per task of a flat walk; a multiple of every vector length, so that tasks stay aligned.
 constexpr int64_t kFlatRun = 16384;
 

@@ -51,7 +51,7 @@ Tensor embedding_cpu(const Tensor& tokens, const Tensor& weight_in,
   Tensor out = new_output(weight, sizes);
   if (count == 0) return out;
   void* out_data = out.data_ptr();
-  const bool stream = count * dim * element_size(weight.scalar_type()) > kPastCacheBytes;
+  const bool stream = past_caches(count * dim * element_size(weight.scalar_type()));
   const auto kernel = LLMOPS_CPU_CALL(embedding_rows);
   std::atomic<int64_t> bad{-1};
   parallel_rows(count, dim, [&](int64_t begin, int64_t end) {

@@ -12,11 +12,11 @@ Tensor gelu_cpu(const Tensor& x_in, bool tanh) {
   const cpu::DType type = kernel_dtype(x_in.scalar_type(), "llmops.gelu");
   const auto kind = tanh ? cpu::Activation::gelu_tanh : cpu::Activation::gelu;
   const int64_t size = element_size(x_in.scalar_type()), total = x_in.numel();
-  const bool stream = total * size > kPastCacheBytes;
+  const bool stream = past_caches(total * size);
   const auto kernel = LLMOPS_CPU_CALL(gelu_fwd);
   if (x_in.is_contiguous()) {
     // The short way for a call of a few microseconds: no strides to look at.
-    Tensor y = new_output(x_in, shape_of(x_in));
+    Tensor y = new_output_like(x_in, x_in.scalar_type());
     const auto* from = static_cast<const char*>(x_in.data_ptr());
     auto* to = static_cast<char*>(y.data_ptr());
     for_flat_runs(total, [&](int64_t n, int64_t at) {

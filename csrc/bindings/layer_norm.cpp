@@ -18,6 +18,12 @@ Tensor layer_norm_fwd_cpu(const Tensor& x, const std::optional<Tensor>& weight,
   return std::get<0>(norm_forward(kernels(), x, std::nullopt, affine));
 }
 
+// The usual call, without defaults that the dispatcher looks up and converts.
+Tensor layer_norm_plain_cpu(const Tensor& x, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& bias) {
+  return layer_norm_fwd_cpu(x, weight, bias, 1e-5, 1);
+}
+
 std::tuple<Tensor, Tensor> add_layer_norm_fwd_cpu(const Tensor& x, const Tensor& residual,
                                                   const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& bias, double eps,
@@ -39,9 +45,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kLayerNormSchemas); }
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
+  define(m, kLayerNormSchemas);
+  m.def("layer_norm_fwd.plain(Tensor x, Tensor? weight, Tensor? bias) -> Tensor");
+}
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd_cpu));
+  m.impl("layer_norm_fwd.plain", TORCH_BOX(&layer_norm_plain_cpu));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd_cpu));
   m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd_cpu));
 }

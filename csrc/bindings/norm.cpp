@@ -8,11 +8,6 @@
 namespace llmops {
 namespace {
 
-// Outputs larger than the last-level cache would only push out what is still wanted; the write past
-// it also saves reading the line first. 32 MiB: one core complex of common servers. What sysconf
-// reports is the whole socket's, which one thread cannot use.
-constexpr int64_t kStreamFromBytes = 32 << 20;
-
 // Partial sums of the parameter gradients: their number depends on the shape alone, so that the
 // result does not depend on the number of threads.
 constexpr int64_t kMaxChunks = 64;
@@ -185,7 +180,7 @@ std::tuple<Tensor, Tensor> norm_forward(const NormKernels& kernels, const Tensor
   const int64_t count = x_in.numel(), n = p.n;
   if (count == 0) return {y, h};
   const int64_t h_size = residual ? residual->size : 0;
-  p.stream = count * (x.size + h_size) > kStreamFromBytes;
+  p.stream = past_caches(count * (x.size + h_size));
 
   const RowWalk walk({&x, residual ? &*residual : nullptr}, affine.dims, count / n, n);
   auto* y_data = static_cast<char*>(y.data_ptr());

@@ -23,8 +23,8 @@ constexpr const char* kSoftmaxSchemas[] = {
 constexpr const char* kLayerNormSchemas[] = {
     "layer_norm_fwd(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, int dims=1) "
     "-> Tensor",
-    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
-    "int dims=1) -> (Tensor, Tensor)",
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight=None, Tensor? bias=None, "
+    "float eps=1e-5, int dims=1) -> (Tensor, Tensor)",
     "layer_norm_bwd(Tensor dy, Tensor h, Tensor? dh, Tensor? weight, Tensor? bias, float eps, "
     "int dims=1, bool need_h=True, bool need_x=False, bool need_params=True) "
     "-> (Tensor, Tensor, Tensor, Tensor)",

@@ -51,8 +51,11 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
   std::optional<Tensor> mask;
   const char* mask_data = nullptr;
   int64_t mask_size = 0;
-  // None for contiguous rows: its dozen small vectors would be a sixth of the time of one row.
+  // None for contiguous rows, nor for a single one: its dozen small vectors would be a sixth of the
+  // time of that.
   std::optional<RowIndex> index;
+  const int64_t count = x.numel();
+  const bool single = count == p.n;
   if (mask_in.has_value()) {
     mask = last_dim_dense(*mask_in);
     const bool boolean = mask->scalar_type() == ScalarType::Bool;
@@ -61,13 +64,14 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
     std::vector<int64_t> mask_strides = broadcast_strides(*mask, x);
     p.mask_step = mask_strides.back() != 0;
     mask_strides.pop_back();
-    index.emplace(leading_sizes(x), Strides{leading_strides(x), leading_strides(y), mask_strides});
+    if (!single)
+      index.emplace(leading_sizes(x),
+                    Strides{leading_strides(x), leading_strides(y), mask_strides});
     mask_data = static_cast<const char*>(mask->data_ptr());
     mask_size = element_size(mask->scalar_type());
-  } else if (!x.is_contiguous()) {
+  } else if (!single && !x.is_contiguous()) {
     index.emplace(leading_sizes(x), Strides{leading_strides(x), leading_strides(y)});
   }
-  const int64_t count = x.numel();
   if (count == 0) return y;
 
   const int64_t queries = causal ? x.size(-2) : 1, n = p.n;
@@ -97,6 +101,11 @@ Tensor softmax_fwd_cpu(const Tensor& x_in, double scale, const std::optional<Ten
   return y;
 }
 
+// The call without options: four defaults that the dispatcher need not look up and convert.
+Tensor softmax_plain_cpu(const Tensor& x) {
+  return softmax_fwd_cpu(x, 1.0, std::nullopt, false, std::nullopt);
+}
+
 Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, ScalarType x_type) {
   LLMOPS_CHECK(shape_of(grad_in) == shape_of(y_in) && grad_in.scalar_type() == y_in.scalar_type() &&
                    y_in.dim() >= 1,
@@ -113,13 +122,11 @@ Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, 
   const auto* grad_data = static_cast<const char*>(grad.data_ptr());
   auto* dx_data = static_cast<char*>(dx.data_ptr());
   const int64_t y_size = element_size(y.scalar_type()), dx_size = element_size(x_type);
-  // y, dy and dx together no longer fit the last-level cache of common servers (32 MiB per
-  // complex).
-  const bool past_caches = dx.numel() * (2 * y_size + dx_size) > (32 << 20);
+  const bool stream = past_caches(dx.numel() * (2 * y_size + dx_size));
   const auto kernel = LLMOPS_CPU_CALL(softmax_bwd_row);
   parallel_rows(index.rows(), n, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      kernel(y_type, dx_type, n, static_cast<float>(scale), past_caches,
+      kernel(y_type, dx_type, n, static_cast<float>(scale), stream,
              y_data + index.offset(0, r) * y_size, grad_data + index.offset(1, r) * y_size,
              dx_data + index.offset(2, r) * dx_size);
   });
@@ -128,9 +135,13 @@ Tensor softmax_bwd_cpu(const Tensor& grad_in, const Tensor& y_in, double scale, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) { define(m, kSoftmaxSchemas); }
+STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
+  define(m, kSoftmaxSchemas);
+  m.def("softmax_fwd.plain(Tensor x) -> Tensor");
+}
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cpu));
+  m.impl("softmax_fwd.plain", TORCH_BOX(&softmax_plain_cpu));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cpu));
 }
 

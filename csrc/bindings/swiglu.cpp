@@ -52,7 +52,7 @@ Tensor glu(const Tensor& gate, const std::optional<Tensor>& up, Activation kind,
     const auto *gate_data = static_cast<const char*>(gate.data_ptr()),
                *up_data = static_cast<const char*>(up->data_ptr());
     auto* to = static_cast<char*>(y.data_ptr());
-    const bool stream = total * size > kPastCacheBytes;
+    const bool stream = past_caches(total * size);
     const auto kernel = LLMOPS_CPU_CALL(glu_fwd);
     for_flat_runs(total, [&](int64_t n, int64_t at) {
       kernel(kind, type, n, gate_data + at * size, up_data + at * size, to + at * size, stream);
@@ -62,7 +62,7 @@ Tensor glu(const Tensor& gate, const std::optional<Tensor>& up, Activation kind,
   const Operands in(gate, up, name);
   Tensor y = new_output(in.gate, in.sizes);
   auto* to = static_cast<char*>(y.data_ptr());
-  const bool stream = y.numel() * in.size > kPastCacheBytes;
+  const bool stream = past_caches(y.numel() * in.size);
   const auto kernel = LLMOPS_CPU_CALL(glu_fwd);
   for_runs(in.sizes, {in.gate_strides, in.up_strides, strides_of(y)},
            [&](int64_t n, const int64_t* at) {

@@ -13,6 +13,10 @@ namespace llmops::cpu::LLMOPS_ISA {
 // cache, and slower from memory: of 768 fp32 values, two rows and the next two exceed L1.
 constexpr int kRows = W == 16 ? 4 : 1;
 
+// Whether the next rows are fetched meanwhile. Not where there are four of them: with these they
+// exceed L1, and push out what the sweep is about to read.
+constexpr bool kAhead = kRows == 1;
+
 // Chains of each of the first sweep's sums: four times four spill where there are 16 registers, and
 // a chain through memory is three times as long.
 template <bool kCenter>
@@ -163,9 +167,11 @@ LLMOPS_INLINE void backward_block(const NormParams& p, const NormBackwardRows& r
   const int64_t n = p.n;
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
-    LLMOPS_UNROLL for (int j = 0; j < kCount; ++j) {
-      prefetch_block(dy_next[j] + i);
-      prefetch_block(h_next[j] + i);
+    if constexpr (kAhead) {
+      LLMOPS_UNROLL for (int j = 0; j < kCount; ++j) {
+        prefetch_block(dy_next[j] + i);
+        prefetch_block(h_next[j] + i);
+      }
     }
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
       gradients_at<kCenter, kPlain, kParams, true>(at, i + j * W, W);

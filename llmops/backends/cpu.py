@@ -138,6 +138,7 @@ def describe(call: Call) -> str:
 if _extension.REASON is None:
     _raw = torch.ops.llmops_cpu
     softmax = _raw.softmax_fwd.default
+    softmax_plain = _raw.softmax_fwd.plain
     softmax_bwd = _raw.softmax_bwd.default
     rope = _raw.rope.default
     rope_qk = _raw.rope_qk.default
@@ -154,6 +155,7 @@ if _extension.REASON is None:
     add_rms_norm = _raw.add_rms_norm_fwd.default
     rms_norm_bwd = _raw.rms_norm_bwd.default
     layer_norm = _raw.layer_norm_fwd.default
+    layer_norm_plain = _raw.layer_norm_fwd.plain
     add_layer_norm = _raw.add_layer_norm_fwd.default
     layer_norm_bwd = _raw.layer_norm_bwd.default
     linear = _raw.linear.default

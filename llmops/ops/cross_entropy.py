@@ -80,9 +80,11 @@ def cross_entropy(
     if usual and backend is None and not is_tracing():
         raw = _cross_entropy_raw(input, target)
         if raw is not None and input.dim() == 2:
-            how = (ignore_index, 0.0, 0.0, REDUCTIONS[reduction])
+            how: tuple[Any, ...] = ()  # the raw operator's defaults, which cost less
+            if ignore_index != -100 or reduction != "mean" or dtype is not None:
+                how = (None, ignore_index, 0.0, 0.0, REDUCTIONS[reduction], dtype)
             try:
-                return raw(input, target, None, *how, dtype)[0]  # type: ignore[no-any-return]
+                return raw(input, target, *how)[0]  # type: ignore[no-any-return]
             except RuntimeError:
                 pass  # the checks below say what is wrong
     if isinstance(input, Tensor) and input.dim() == 1 and isinstance(target, Tensor):

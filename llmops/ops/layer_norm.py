@@ -50,7 +50,9 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
-    raw = _layer_norm_raw(x, weight, bias) if backend is None and not is_tracing() else None
+    raw = None
+    if backend is None and not is_tracing():
+        raw = (_layer_norm_plain_raw if eps == 1e-5 else _layer_norm_raw)(x, weight, bias)
     if raw is not None and is_last(x, weight, normalized_shape):
         try:
             return raw(x, weight, bias) if eps == 1e-5 else raw(x, weight, bias, eps)
@@ -98,6 +100,8 @@ def add_layer_norm(
         raw = _add_layer_norm_raw(x, residual, weight, bias)
     if raw is not None and is_last(x, weight, normalized_shape):
         try:
+            if eps == 1e-5:
+                return raw(x, residual, weight, bias)  # type: ignore[no-any-return]
             return raw(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
         except RuntimeError:
             pass  # the checks below say what is wrong
@@ -118,6 +122,7 @@ def add_layer_norm(
 # ---- the operators -------------------------------------------------------------------------------
 
 _layer_norm_raw, _add_layer_norm_raw = shortcut("layer_norm"), shortcut("add_layer_norm")
+_layer_norm_plain_raw = shortcut("layer_norm_plain")
 _layer_norm_bwd_raw = shortcut("layer_norm_bwd")
 
 

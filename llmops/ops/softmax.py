@@ -52,12 +52,16 @@ def softmax(
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018 (the three
     sweeps are done on a cache-resident row here, which costs memory one read and one write).
     """
-    usual = backend is None and dim == -1 and mask is None and not causal and dtype is None
-    if usual and not is_tracing():
-        raw = _softmax_raw(x)
+    if backend is None and dim == -1 and not is_tracing():
+        plain = mask is None and not causal and dtype is None and scale == 1.0
+        raw = _softmax_plain_raw(x) if plain else _softmax_raw(x, mask)
         if raw is not None:
             try:
-                return raw(x) if scale == 1.0 else raw(x, scale)  # type: ignore[no-any-return]
+                if plain:
+                    return raw(x)  # type: ignore[no-any-return]
+                if dtype is None or dtype == x.dtype:
+                    return raw(x, scale, mask, causal)  # type: ignore[no-any-return]
+                return raw(x, scale, mask, causal, dtype)  # type: ignore[no-any-return]
             except RuntimeError:
                 pass  # a scalar, or what the checks below refuse
     last = _checked_dim(x, dim, mask, causal)
@@ -129,7 +133,7 @@ def _checked_dim(x: Tensor, dim: int, mask: Tensor | None, causal: bool) -> bool
 
 # ---- the operators -------------------------------------------------------------------------------
 
-_softmax_raw = shortcut("softmax")
+_softmax_raw, _softmax_plain_raw = shortcut("softmax"), shortcut("softmax_plain")
 
 
 def _forward(
