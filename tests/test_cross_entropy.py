@@ -71,7 +71,11 @@ def test_cross_entropy_hypothesis(target: Target, data: st.DataObject) -> None:
     if kwargs["reduction"] == "mean" and len(kept):
         terms = terms / own.sum()
     flat = [torch.cat((g.reshape(-1), terms.to(g))) for g in (got[1], oracle[1], yardstick[1])]
-    assert_close(*flat, factor=3.0, what="cross_entropy gradient")
+    # softmax is exp(x - lse), the saved lse off by half of its last place in fp32, which PyTorch's
+    # own need not be: it keeps softmax.
+    lse = x.double().logsumexp(-1 if x.dim() == 1 else 1).abs().max()
+    floor = float(2.0**-24 * lse * (1 + 2 * kwargs["z_loss"] * lse) * terms)
+    assert_close(*flat, factor=3.0, what="cross_entropy gradient", floor=floor)
 
 
 @settings(deadline=None, max_examples=40)

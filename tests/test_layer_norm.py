@@ -167,6 +167,8 @@ def test_layer_norm_rejects_bad_input() -> None:
         llmops.layer_norm(torch.ones(3, 4, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match=r"normalized_shape must be x's last.*got 3.*\(3, 4\)"):
         llmops.layer_norm(x, 3)
+    with pytest.raises(TypeError, match=r"got a Tensor of shape \(4,\); as in torch, the weight"):
+        llmops.layer_norm(torch.ones(3, 4), torch.ones(4))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"bias must have normalized_shape \(4,\); got \(1,\)"):
         llmops.layer_norm(x, 4, weight, torch.ones(1))
     with pytest.raises(TypeError, match="bias must be a Tensor; got float"):

@@ -27,6 +27,11 @@ def check(
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     dims, dtype = len(shape), x.dtype
     if dims == 0 or x.shape[-dims:] != shape:
+        if isinstance(normalized_shape, Tensor):
+            raise TypeError(
+                f"llmops.{op}: normalized_shape must be an int or a sequence of ints, got a Tensor "
+                f"of shape {tuple(normalized_shape.shape)}; as in torch, the weight comes after it"
+            )
         raise ValueError(
             f"llmops.{op}: normalized_shape must be x's last dimensions, at least one; got "
             f"{normalized_shape} for x of shape {tuple(x.shape)}"
