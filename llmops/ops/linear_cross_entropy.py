@@ -78,7 +78,8 @@ def linear_cross_entropy(
         NotImplementedError: a named backend cannot serve the call, or weight requires a gradient.
 
     Numerics: logits are rounded to input's dtype, as a matrix product does, or stay in fp32 where
-    the product is done in it (CPUs without a 16-bit one); the loss as in `llmops.cross_entropy`.
+    the product is done in it (CPUs without a 16-bit one), in fp32 as by `llmops.linear`; the loss
+    as in `llmops.cross_entropy`.
     The gradients of linear_weight and linear_bias are added up in fp32 over the chunks; of 16-bit
     inputs the mean's division and a loss scale enter after that, with one rounding, so that fp16
     does not underflow.
