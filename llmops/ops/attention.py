@@ -85,8 +85,8 @@ def attention(
 
     Numerics: fp32 softmax and accumulation; on bf16 the weights are rounded to bf16 for the product
     with v, as every flash kernel does. fp32 on AMX from 256 keys on is multiplied as in
-    `llmops.linear`: values below 1e-33 lose digits. Deterministic, whatever the number of threads; but
-    where `llmops tune` found it faster on a GPU, dq is summed by atomic additions, unless
+    `llmops.linear`: values below 1e-33 lose digits. Deterministic, whatever the number of threads;
+    but where `llmops tune` found it faster on a GPU, dq is summed by atomic additions, unless
     torch.use_deterministic_algorithms is set. Under autocast computed in autocast's dtype, as
     torch's own is.
 
