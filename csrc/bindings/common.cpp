@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -78,19 +77,6 @@ Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* 
   }
 #endif
   return out;
-}
-
-bool past_caches(int64_t bytes) {
-  // One core complex of common servers: what sysconf reports is the whole socket's, which one
-  // thread cannot use there. On processors with AMX it can; and a fresh page, which the kernel has
-  // just zeroed in that cache, would be written to memory twice.
-  constexpr int64_t kComplex = 32 << 20;
-  if (bytes <= kComplex) return false;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t socket = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (cpu::active_isa() == cpu::Isa::amx) return bytes > socket;
-#endif
-  return true;
 }
 
 RowIndex::RowIndex(const std::vector<int64_t>& sizes,

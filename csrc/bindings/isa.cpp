@@ -1,5 +1,7 @@
-// Lets Python read and choose the instruction set of the CPU kernels.
+// Lets Python read and choose the instruction set of the CPU kernels; and what follows from it.
 #include "cpu/isa.h"
+
+#include <unistd.h>
 
 #include "common.h"
 
@@ -18,6 +20,19 @@ bool isa_select(std::string name) {
 }
 
 }  // namespace
+
+bool past_caches(int64_t bytes) {
+  // One core complex of common servers: what sysconf reports is the whole socket's, which one
+  // thread cannot use there. On processors with AMX it can; and a fresh page, which the kernel has
+  // just zeroed in that cache, would be written to memory twice.
+  constexpr int64_t kComplex = 32 << 20;
+  if (bytes <= kComplex) return false;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t socket = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (cpu::active_isa() == cpu::Isa::amx) return bytes > socket;
+#endif
+  return true;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def("isa_active() -> str");
