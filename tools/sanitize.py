@@ -58,7 +58,7 @@ def run(family: str, sanitizer: str) -> bool:
         "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "4",
     }
-    chosen = f"{best} and (matches or gradients)"
+    chosen = f"{best} and (matches or gradients or long_sequences)"
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     # No ASLR: ThreadSanitizer's shadow does not fit every layout of a recent kernel.
     command = ["setarch", "-R", *tests, "-k", chosen, "--capture=sys"]
