@@ -225,8 +225,7 @@ struct Backward {
 #endif
     }
     for (int j = 0; j < block.vecs; ++j) {
-      const int64_t whole = kWay == Way::split ? 32 : kWay == Way::tiles ? 16 : 1;
-      const int64_t rows = round_up(p.dim, whole);
+      const int64_t rows = round_up(p.dim, kWholeRows<kWay>);
       for (int64_t d = 0; d < rows; ++d) store(s.dq + d * kLanes + j * W, zero());
       store(s.factor + j * W, set1(p.scale));
     }
@@ -332,8 +331,11 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   layout<bf16, Way::widened, kModified>(g.fwd, arena);
   if (g.fwd.type != DType::f32)
     layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
-  else if (kHasTiles && active_isa() == Isa::amx)
+#ifdef LLMOPS_HAS_TILES
+  // Strips of all keys are large: not for sequences none of which takes them.
+  if (takes_split(g.fwd, {0, g.fwd.queries, 0, g.fwd.keys, nullptr, g.fwd.plan, 0}))
     layout<float, Way::split, kModified>(g.fwd, pairs);
+#endif
   if (pairs.next > arena.next) arena.next = pairs.next;
   const bool all_in_parts = !g.fwd.sequences && g.fwd.plan.parts > 1;
   if (!all_in_parts) {

@@ -1,7 +1,7 @@
 // Attention forward: one task is a block of 64 query rows against all keys they see (or one part
 // of them). Formula: attention.h
 //
-// Keys come in blocks of about 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
+// Keys come in blocks of up to 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
 // scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
 // a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
 // by tiles (AMX) or in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16

@@ -88,11 +88,11 @@ LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block,
   if constexpr (kWay == Way::split)
     split_strips<false>(s.q, 1, kLanes, block.vecs * W, p.dim, s.q_split);
 #endif
-  const int64_t whole = kWay == Way::split ? 32 : kWay == Way::tiles ? 16 : 1;
   for (int j = 0; j < block.vecs; ++j) {
     store(s.m + j * W, set1(-kInf));
     store(s.l + j * W, zero());
-    for (int64_t d = 0; d < round_up(p.dim_v, whole); ++d) store(s.o + d * kLanes + j * W, zero());
+    for (int64_t d = 0; d < round_up(p.dim_v, kWholeRows<kWay>); ++d)
+      store(s.o + d * kLanes + j * W, zero());
   }
   if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
     for (int i = 0; i < block.count; ++i) {

@@ -30,6 +30,11 @@ constexpr bool kHasPairs = false;
 
 // How products are computed: of bf16 there are three ways, and fp32 may be split into bf16 parts.
 enum class Way { widened, pairs, tiles, split };
+// Rows of O^T and dQ^T that a product reads and writes at a time, existing or not.
+template <Way kWay>
+constexpr int64_t kWholeRows = kWay == Way::split   ? 32
+                               : kWay == Way::tiles ? 16
+                                                    : 1;
 // Pairs know a sign of the scale, not the factor 0.
 LLMOPS_INLINE Way way_of(const AttentionParams& p) {
   if (!kHasPairs || p.type != DType::bf16 || p.scale == 0.0f) return Way::widened;
