@@ -11,6 +11,7 @@
 
 #include "attention_amx.h"
 #include "attention_bwd_rows.h"
+#include "attention_bwd_split.h"
 #include "attention_dropout.h"
 #include "attention_grad.h"
 #include "attention_score.h"
@@ -59,12 +60,6 @@ struct Backward {
 
   Vec factor() const { return set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e); }
 
-  // Split keys come in whole strips: those before `begin` are seen by none.
-  int64_t first_key() const {
-    return kWay == Way::split ? block.begin / kKeys * kKeys : block.begin;
-  }
-  int64_t strips_of(int64_t key) const { return key / kKeys * s.split.next; }
-
   // out [keys][64] = rows of k or v times packed queries; the rows as an operand.
   Cells products(const T* rows, int64_t stride, int keys, int64_t dim, float* copy, const float* b,
                  const int* visible, float* out) const {
@@ -88,8 +83,11 @@ struct Backward {
     Cells k_cells{};
     if constexpr (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
-      scores_by_strips(s.split.k + strips_of(key), s.split.q, tiled_steps(p.dim), keys, block.vecs,
-                       visible, s.s, nullptr);
+      Cross of;
+      Nothing nothing;
+      const SplitBackward<kForm> all{p, &s, &block, 1, factor(), dk, dv};
+      if (all.crosses(0, key, 0, of))
+        all.products(s.split.k + all.strips_of(key), s.split.q, p.dim, of, s.s, nothing);
 #endif
     } else {
       k_cells = products(k, p.k_stride[2], keys, p.dim, s.k, s.q, visible, s.s);
@@ -110,7 +108,9 @@ struct Backward {
       s.lanes.norm[i] = s.lanes.lse[i] == -kInf ? 0.0f : 1.0f;
     }
     int visible[kBlockVecs];
-    for (int64_t key = first_key(); key < block.end; key += kKeys) {
+    // Strips hold whole blocks of keys.
+    const int64_t begin = kWay == Way::split ? block.begin / kKeys * kKeys : block.begin;
+    for (int64_t key = begin; key < block.end; key += kKeys) {
       block_scores(key, static_cast<int>(min64(kKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
         const float* score = s.s + j * W;
@@ -139,32 +139,12 @@ struct Backward {
     const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
     int visible[kBlockVecs];
     Cells k_cells = block_scores(key, keys, visible);
-    if constexpr (kWay == Way::split) {
-#ifdef LLMOPS_HAS_TILES
-      scores_by_strips(s.split.v + strips_of(key), s.split.g, tiled_steps(p.dim_v), keys,
-                       block.vecs, visible, s.dp, nullptr);
-#endif
-    } else {
-      products(v, p.v_stride[2], keys, p.dim_v, s.v, s.g, visible, s.dp);
-    }
+    products(v, p.v_stride[2], keys, p.dim_v, s.v, s.g, visible, s.dp);
     if (kForm && s.lanes.keep) dropout_weights(p, block, key, visible, s.lanes.keep);
     for (int j = 0; j < block.vecs; ++j)
       if (visible[j] > 0) grad_block<kPairs, kNatural>(s, j, visible[j], keys, factor());
 
 #ifdef LLMOPS_HAS_TILES
-    if constexpr (kWay == Way::split) {
-      // Strips first, products then: a tile waits for what was just written.
-      const int64_t all = tiled_steps(block.count);
-      const int64_t first = split_by_key(s.s, block.count, block.vecs, visible, s.split.p);
-      split_by_key(s.dp, block.count, block.vecs, visible, s.split.ds);
-      add_to_keys_by_strips(s.split.p, s.split.g_rows, first, all, dim_v, keys, dv + key * dim_v,
-                            s.sums);
-      add_to_keys_by_strips(s.split.ds, s.split.q_rows, first, all, dim, keys, dk + key * dim,
-                            s.sums);
-      update_by_strips(s.split.k_turned + strips_of(key), 1, p.dim, s.dp, block.vecs, visible, s.dq,
-                       nullptr, s.split.turned);
-      return;
-    }
     if constexpr (kWay == Way::tiles) {
       const auto add = [&](bf16* a, const float* b, int64_t ld, float* sums) {
         add_to_keys_by_tiles(a, b, ld, block.count, block.vecs, visible, keys, sums, s.sums);
@@ -193,7 +173,7 @@ struct Backward {
                          block.vecs, visible, s.dq, nullptr);
   }
 
-  void run_block(int64_t group, int64_t index) const {
+  void begin_rows(int64_t group, int64_t index) const {
     begin_block(p, group, index, block);
     const T *q[kLanes], *grad[kLanes];
     begin_grad_block<T, kNatural>(g, block, static_cast<const T*>(s.zeros), s.lanes, q, grad);
@@ -217,14 +197,15 @@ struct Backward {
       }
 #ifdef LLMOPS_HAS_TILES
       if constexpr (kWay == Way::split) {
-        split_strips<false>(s.q, 1, kLanes, block.vecs * W, p.dim, s.split.q);
-        split_strips<false>(s.g, 1, kLanes, block.vecs * W, p.dim_v, s.split.g);
-        split_strips<false>(s.q_rows, 1, dim, dim, block.count, s.split.q_rows);
-        split_strips<false>(s.g_rows, 1, dim_v, dim_v, block.count, s.split.g_rows);
+        split_strips<false>({s.q, 1, kLanes, block.vecs * W, p.dim}, s.split.q);
+        split_strips<false>({s.g, 1, kLanes, block.vecs * W, p.dim_v}, s.split.g);
+        split_strips<false>({s.q_rows, 1, dim, dim, block.count}, s.split.q_rows);
+        split_strips<false>({s.g_rows, 1, dim_v, dim_v, block.count}, s.split.g_rows);
       }
 #endif
     }
-    for (int j = 0; j < block.vecs; ++j) {
+    // Two vectors share a strip, though the second may hold no row.
+    for (int j = 0; j < (kWay == Way::split ? kBlockVecs : block.vecs); ++j) {
       const int64_t rows = round_up(p.dim, kWholeRows<kWay>);
       for (int64_t d = 0; d < rows; ++d) store(s.dq + d * kLanes + j * W, zero());
       store(s.factor + j * W, set1(p.scale));
@@ -234,11 +215,19 @@ struct Backward {
       for (int i = 0; i < block.count; ++i)
         g.dsink[lse_at(p, block, i)] = -sink_weight(i) * s.lanes.norm[i] * s.lanes.delta[i];
     }
-    for (int64_t key = first_key(); key < block.end; key += kKeys)
-      add_keys(key, static_cast<int>(min64(kKeys, block.end - key)));
+  }
+
+  void finish_rows() const {
     T* dq[kLanes];
     block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
     unpack_lanes(s.dq, block.count, p.dim, s.factor, dq);
+  }
+
+  void run_block(int64_t group, int64_t index) const {
+    begin_rows(group, index);
+    for (int64_t key = block.begin; key < block.end; key += kKeys)
+      add_keys(key, static_cast<int>(min64(kKeys, block.end - key)));
+    finish_rows();
   }
 };
 
@@ -262,6 +251,30 @@ LLMOPS_INLINE AttentionTask task_of_grad(const AttentionParams& p, int64_t task)
   return p.tasks ? p.tasks[task] : AttentionTask{task / p.plan.parts, task % p.plan.parts, 0};
 }
 
+#ifdef LLMOPS_HAS_TILES
+// A group's blocks of queries from `index` on, `step` apart. rows: scratch of as many as share
+// keys.
+template <bool kForm>
+void run_split(const AttentionGradParams& g, const AttentionSequence& sequence, int64_t group,
+               int64_t index, int64_t step, const Scratch* rows, float* dk, float* dv) {
+  using Block = Backward<float, Way::split, kForm>;
+  const int shared = shared_blocks(g.fwd);
+  QueryBlock block[kGradShared];
+  begin_tiles();
+  split_keys<float>(g.fwd, sequence, group, rows[0].split);
+  while (index < sequence.plan.blocks) {
+    int count = 0;
+    for (; count < shared && index < sequence.plan.blocks; ++count, index += step)
+      Block{g, g.fwd, rows[count], block[count], dk, dv}.begin_rows(group, index);
+    SplitBackward<kForm>{
+        g.fwd, rows, block, count, Block{g, g.fwd, rows[0], block[0], dk, dv}.factor(), dk, dv}
+        .run();
+    for (int i = 0; i < count; ++i) Block{g, g.fwd, rows[i], block[i], dk, dv}.finish_rows();
+  }
+  end_tiles();
+}
+#endif
+
 template <class T, Way kWay, bool kForm>
 LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratch) {
   const AttentionParams& p = g.fwd;
@@ -283,17 +296,27 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   fill_zero(dk, keys * dim);
   fill_zero(dv, keys * dim_v);
   fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
-  QueryBlock block;
-  const Backward<T, kWay, kForm> backward{g, p, s, block, dk, dv};
+  if constexpr (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
-  if (kWay == Way::tiles || kWay == Way::split) begin_tiles();
-  if constexpr (kWay == Way::split) split_keys<T>(p, sequence, of.group, s.split);
+    Scratch rows[kGradShared] = {s};
+    for (int i = 1; i < shared_blocks(p); ++i) {
+      rows[i] = s;
+      layout_rows<kWay>(p, arena, rows[i]);
+    }
+    run_split<kForm>(g, sequence, of.group, of.index, parts, rows, dk, dv);
 #endif
-  for (int64_t index = of.index; index < sequence.plan.blocks; index += parts)
-    backward.run_block(of.group, index);
+  } else {
+    QueryBlock block;
+    const Backward<T, kWay, kForm> backward{g, p, s, block, dk, dv};
 #ifdef LLMOPS_HAS_TILES
-  if (kWay == Way::tiles || kWay == Way::split) end_tiles();
+    if (kWay == Way::tiles) begin_tiles();
 #endif
+    for (int64_t index = of.index; index < sequence.plan.blocks; index += parts)
+      backward.run_block(of.group, index);
+#ifdef LLMOPS_HAS_TILES
+    if (kWay == Way::tiles) end_tiles();
+#endif
+  }
   if (parts > 1) return;
   for (int64_t key = 0; key < keys; ++key)
     write_row<T>(g, sequence, of.group, key, dk + key * dim, dv + key * dim_v);
@@ -333,8 +356,11 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
     layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
 #ifdef LLMOPS_HAS_TILES
   // Strips of all keys are large: not for sequences none of which takes them.
-  if (takes_split(g.fwd, {0, g.fwd.queries, 0, g.fwd.keys, nullptr, g.fwd.plan, 0}))
+  if (takes_split(g.fwd, {0, g.fwd.queries, 0, g.fwd.keys, nullptr, g.fwd.plan, 0})) {
     layout<float, Way::split, kModified>(g.fwd, pairs);
+    Scratch other{};
+    for (int i = 1; i < shared_blocks(g.fwd); ++i) layout_rows<Way::split>(g.fwd, pairs, other);
+  }
 #endif
   if (pairs.next > arena.next) arena.next = pairs.next;
   const bool all_in_parts = !g.fwd.sequences && g.fwd.plan.parts > 1;

@@ -9,13 +9,14 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int64_t kGradTiled = 32;  // keys of a block by AMX; at most kGradKeys
+constexpr int kGradShared = 4;      // most blocks of queries that share keys in strips
 
 // Strips of fp32 by AMX (attention_split.h).
 struct GradStrips {
   float *q, *g;             // of lanes, by dimensions
   float *q_rows, *g_rows;   // of dimensions, by queries
-  float *p, *ds;            // of a block of keys, by queries
-  float* turned;            // one of dS by keys
+  float *p, *ds;            // of a block of keys, by queries; two of each
+  float* turned;            // of lanes, by a block of keys: dS; two
   float *k, *v, *k_turned;  // of the first block of keys; the next one's are `next` floats on
   int64_t next;
 };
@@ -23,7 +24,7 @@ struct GradStrips {
 struct Scratch {
   float *q, *g;            // [padded D][64], [padded Dv][64]; half as many rows in pairs
   float *q_rows, *g_rows;  // [64][padded D], [64][padded Dv]; pairs: [32][...], two queries a cell
-  float *s, *dp;           // [kGradKeys][64]
+  float *s, *dp;           // [kGradKeys][64]; of strips two of them
   float* dq;               // [padded D][64]
   float *k, *v;            // a block of keys and values, widened
   float* k_pairs;          // [kGradKeys / 2][padded D]; tiles: [padded D][kGradTiled / 2]
@@ -38,27 +39,40 @@ struct Scratch {
 
 LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
 
-template <class T, Way kWay, bool kForm>
-LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+// What each block of rows has of its own.
+template <Way kWay>
+LLMOPS_INLINE void layout_rows(const AttentionParams& p, Arena& arena, Scratch& s) {
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
-  Scratch s{};
   s.q = arena.take<float>(dim * kLanes);
   s.g = arena.take<float>(dim_v * kLanes);
   s.q_rows = arena.take<float>(dim * kLanes);
   s.g_rows = arena.take<float>(dim_v * kLanes);
-  s.s = arena.take<float>(kGradKeys * kLanes);
-  s.dp = arena.take<float>(kGradKeys * kLanes);
   s.dq = arena.take<float>(dim * kLanes);
-  if (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
-    s.sums = arena.take<float>(kGradTiled * max64(dim, dim_v));
-    s.split.p = arena.take<float>(strips_size(kGradTiled, kLanes));
-    s.split.ds = arena.take<float>(strips_size(kGradTiled, kLanes));
-    s.split.turned = arena.take<float>(strips_size(kPair, kGradTiled));
+  if (kWay == Way::split) {
     s.split.q = arena.take<float>(strips_size(kLanes, p.dim));
     s.split.g = arena.take<float>(strips_size(kLanes, p.dim_v));
     s.split.q_rows = arena.take<float>(strips_size(p.dim, kLanes));
     s.split.g_rows = arena.take<float>(strips_size(p.dim_v, kLanes));
+  }
+#endif
+  s.factor = arena.take<float>(kLanes);
+  s.lanes = take_grad_lanes(p, arena);
+}
+
+template <class T, Way kWay, bool kForm>
+LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
+  const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
+  Scratch s{};
+  layout_rows<kWay>(p, arena, s);
+  s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * kGradKeys * kLanes);
+  s.dp = arena.take<float>((kWay == Way::split ? 2 : 1) * kGradKeys * kLanes);
+  if (kWay == Way::split) {
+#ifdef LLMOPS_HAS_TILES
+    s.sums = arena.take<float>(kGradTiled * max64(dim, dim_v));
+    s.split.p = arena.take<float>(2 * strips_size(kGradTiled, kLanes));
+    s.split.ds = arena.take<float>(2 * strips_size(kGradTiled, kLanes));
+    s.split.turned = arena.take<float>(2 * strips_size(kLanes, kGradTiled));
     s.split.next = 2 * strips_size(kGradTiled, p.dim) + strips_size(kGradTiled, p.dim_v);
     s.split.k = arena.take<float>(round_up(p.keys, kGradTiled) / kGradTiled * s.split.next);
     s.split.k_turned = s.split.k + strips_size(kGradTiled, p.dim);
@@ -78,13 +92,20 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
     s.v = arena.take<float>(kGradKeys * dim_v);
   }
   if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kGradKeys));
-  s.factor = arena.take<float>(kLanes);
   s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
-  s.lanes = take_grad_lanes(p, arena);
   return s;
 }
 
 #ifdef LLMOPS_HAS_TILES
+// How many blocks do: what each holds is read again for every key, and what all keys hold once.
+// Whichever of the two is larger should be read the less often.
+LLMOPS_INLINE int shared_blocks(const AttentionParams& p) {
+  constexpr int64_t kMuch = 2 << 20;  // of the second-level cache
+  const int64_t next = 2 * strips_size(kGradTiled, p.dim) + strips_size(kGradTiled, p.dim_v);
+  const bool wide = p.dim + p.dim_v > 256;
+  return !wide && p.keys / kGradTiled * next * 4 > kMuch ? kGradShared : 2;
+}
+
 // A group's keys and values, all blocks of them.
 template <class T>
 LLMOPS_INLINE void split_keys(const AttentionParams& p, const AttentionSequence& sequence,
@@ -95,9 +116,9 @@ LLMOPS_INLINE void split_keys(const AttentionParams& p, const AttentionSequence&
     const int64_t keys = min64(kGradTiled, sequence.keys - key);
     const T* k = row_at(static_cast<const T*>(p.k), p.k_stride, batch, head, row);
     const T* v = row_at(static_cast<const T*>(p.v), p.v_stride, batch, head, row);
-    split_strips<true>(k, p.k_stride[2], 1, keys, p.dim, out.k + to);
-    split_strips<true>(k, 1, p.k_stride[2], p.dim, keys, out.k_turned + to);
-    split_strips<true>(v, p.v_stride[2], 1, keys, p.dim_v, out.v + to);
+    split_strips<true>({k, p.k_stride[2], 1, keys, p.dim}, out.k + to);
+    split_strips<true>({k, 1, p.k_stride[2], p.dim, keys}, out.k_turned + to);
+    split_strips<true>({v, p.v_stride[2], 1, keys, p.dim_v}, out.v + to);
   }
 }
 #endif

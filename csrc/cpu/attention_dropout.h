@@ -31,6 +31,7 @@ LLMOPS_OUTLINE void dropout_weights(const AttentionParams& p, const QueryBlock& 
                                     const int* visible, float* keep) {
   const Vec scale = set1(p.dropout.scale);
   for (int j = 0; j < block.vecs; ++j) {
+    if (visible[j] == 0) continue;
     uint32_t query[W] = {}, head[W] = {};
     for (int i = 0; i < W && j * W + i < block.count; ++i) {
       query[i] = static_cast<uint32_t>(block.token[j * W + i]);

@@ -12,8 +12,8 @@
 #include "attention_amx.h"
 #include "attention_dropout.h"
 #include "attention_fwd_rows.h"
+#include "attention_fwd_split.h"
 #include "attention_score.h"
-#include "attention_split.h"
 #include "attention_tile.h"
 #include "simd.h"
 
@@ -78,11 +78,10 @@ template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                             int64_t key, int keys) {
   constexpr bool kNatural = kForm, kPairs = kWay == Way::pairs || kWay == Way::tiles;
-  KeyRows<T> k{}, v{};
-  if (kWay != Way::split) {
-    k = key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
-    v = key_rows(p, block, p.v, p.v_stride, key, keys, p.dim_v, static_cast<T*>(s.v_page));
-  }
+  const KeyRows<T> k =
+      key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
+  const KeyRows<T> v =
+      key_rows(p, block, p.v, p.v_stride, key, keys, p.dim_v, static_cast<T*>(s.v_page));
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   constexpr int64_t kSize = sizeof(T);
   int visible[kBlockVecs];
@@ -94,12 +93,7 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   const bool cut = kForm || block.cuts(key, keys);
   Cells k_cells = cells(k.first, k.stride * kSize, 4);
   int64_t k_steps = p.dim;
-  if constexpr (kWay == Way::split) {
-#ifdef LLMOPS_HAS_TILES
-    scores_by_strips(s.k, s.q_split, tiled_steps(p.dim), keys, block.vecs, visible, s.s,
-                     cut ? nullptr : s.top);
-#endif
-  } else if constexpr (kWay == Way::tiles) {
+  if constexpr (kWay == Way::tiles) {
 #ifdef LLMOPS_HAS_TILES
     k_cells = tile_rows(k.first, k.stride, keys, p.dim, s.k);
     scores_by_tiles(k_cells.base, k_cells.row, s.q, dim / kDepth, keys, block.vecs, visible, s.s,
@@ -117,7 +111,7 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     widen_rows(k.first, k.stride, keys, p.dim, s.k, dim);
     k_cells = cells(s.k, dim * 4, 4);
   }
-  if constexpr (kWay != Way::tiles && kWay != Way::split)
+  if constexpr (kWay != Way::tiles)
     scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
 
   if (cut) modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
@@ -128,11 +122,6 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   }
 
 #ifdef LLMOPS_HAS_TILES
-  if constexpr (kWay == Way::split) {
-    update_by_strips(s.v, tiled_steps(keys), p.dim_v, s.s, block.vecs, visible, s.o, s.alpha,
-                     s.pairs);
-    return;
-  }
   if constexpr (kWay == Way::tiles) {
     transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys<kWay> / 2);
     update_by_tiles(s.v, kKeys<kWay> / 2, p.dim_v, s.pairs, block.vecs, visible, s.o, s.alpha);
@@ -172,51 +161,6 @@ bool run(const AttentionParams& p, int64_t task, void* scratch) {
 #endif
   return finish_rows<T, kForm>(p, block, s, group, split);
 }
-
-#ifdef LLMOPS_HAS_TILES
-// Four blocks of queries after each other, for splitting keys and values takes as long as half of
-// one block's products with them. The tasks of the other three have nothing left to do.
-template <bool kForm>
-bool run_split(const AttentionParams& p, int64_t task, void* scratch) {
-  const auto [group, index, split] = task_of(p, task);
-  if (index % kShared) return true;
-  Arena arena{static_cast<char*>(scratch)};
-  Scratch s[kShared];
-  QueryBlock block[kShared];
-  int count = 0;
-  int64_t begin = INT64_MAX, end = 0;
-  s[0] = layout<float, Way::split, kForm>(p, arena);
-  for (int i = 1; i < kShared; ++i) {
-    s[i] = s[0];
-    layout_rows<Way::split>(p, arena, s[i]);
-  }
-  do {
-    begin_block(p, group, index + count, block[count]);
-    begin_rows<float, Way::split, kForm>(p, block[count], s[count], split);
-    begin = min64(begin, block[count].begin), end = max64(end, block[count].end);
-    ++count;
-  } while (count < kShared && index + count < block[0].sequence.plan.blocks);
-
-  begin_tiles();
-  for_keys<Way::split>(block[0].sequence.plan, split, begin, end, [&](int64_t key, int keys) {
-    const KeyRows<float> k =
-        key_rows(p, block[0], p.k, p.k_stride, key, keys, p.dim, static_cast<float*>(s[0].k_page));
-    split_strips<true>(k.first, k.stride, 1, keys, p.dim, s[0].k);
-    const KeyRows<float> v = key_rows(p, block[0], p.v, p.v_stride, key, keys, p.dim_v,
-                                      static_cast<float*>(s[0].v_page));
-    split_strips<true>(v.first, 1, v.stride, p.dim_v, keys, s[0].v);
-    for (int i = 0; i < count; ++i) {
-      if (key < block[i].end && key + keys > block[i].begin)
-        add_keys<float, Way::split, kForm>(p, block[i], s[i], key, keys);
-    }
-  });
-  end_tiles();
-  bool resolved = true;
-  for (int i = 0; i < count; ++i)
-    resolved = finish_rows<float, kForm>(p, block[i], s[i], group, split) && resolved;
-  return resolved;
-}
-#endif
 
 template <class T, Way kWay>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {

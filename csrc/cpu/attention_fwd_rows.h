@@ -45,10 +45,10 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   Scratch s{};
   layout_rows<kWay>(p, arena, s);
-  s.s = arena.take<float>(kKeys<kWay> * kLanes);
+  s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * kKeys<kWay> * kLanes);
   if (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
-    s.pairs = arena.take<float>(strips_size(kPair, kKeys<kWay>));
+    s.pairs = arena.take<float>(2 * kLanes / kPair * strips_size(kPair, kKeys<kWay>));
     s.k = arena.take<float>(strips_size(kKeys<kWay>, p.dim));
     s.v = arena.take<float>(strips_size(p.dim_v, kKeys<kWay>));
 #endif
@@ -86,9 +86,11 @@ LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block,
   }
 #ifdef LLMOPS_HAS_TILES
   if constexpr (kWay == Way::split)
-    split_strips<false>(s.q, 1, kLanes, block.vecs * W, p.dim, s.q_split);
+    split_strips<false>({s.q, 1, kLanes, block.vecs * W, p.dim}, s.q_split);
 #endif
-  for (int j = 0; j < block.vecs; ++j) {
+  // Two vectors share a strip, though the second may hold no row.
+  const int vecs = kWay == Way::split ? kBlockVecs : block.vecs;
+  for (int j = 0; j < vecs; ++j) {
     store(s.m + j * W, set1(-kInf));
     store(s.l + j * W, zero());
     for (int64_t d = 0; d < round_up(p.dim_v, kWholeRows<kWay>); ++d)

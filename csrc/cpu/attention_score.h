@@ -173,10 +173,11 @@ LLMOPS_INLINE Vec mask_values(const uint8_t* p, int64_t step, int n) {
   return load(buffer);
 }
 
-// bias [keys][64], or [keys][1] when all rows share one mask row (the return value: bias's width).
+// bias [keys][64] of the vectors that see a key, or [keys][1] when all rows share one mask row (the
+// return value: bias's width).
 template <class M>
 LLMOPS_OUTLINE int pack_mask_of(const AttentionParams& p, const QueryBlock& block, int64_t key,
-                                int keys, float* bias) {
+                                int keys, const int* visible, float* bias) {
   const M* row[kLanes];
   const int64_t step = p.mask_stride[3];
   const M* base = static_cast<const M*>(p.mask) + key * step;
@@ -189,6 +190,7 @@ LLMOPS_OUTLINE int pack_mask_of(const AttentionParams& p, const QueryBlock& bloc
     return 1;
   }
   for (int a = 0; a < block.count; a += W) {
+    if (visible[a / W] == 0) continue;
     for (int k = 0; k < keys; k += W) {
       const int n = keys - k < W ? keys - k : W;
       Vec r[W];
@@ -201,10 +203,11 @@ LLMOPS_OUTLINE int pack_mask_of(const AttentionParams& p, const QueryBlock& bloc
   return kLanes;
 }
 LLMOPS_INLINE int pack_mask(const AttentionParams& p, const QueryBlock& block, int64_t key,
-                            int keys, float* bias) {
-  if (p.mask_kind == ScoreMask::boolean) return pack_mask_of<uint8_t>(p, block, key, keys, bias);
+                            int keys, const int* visible, float* bias) {
+  if (p.mask_kind == ScoreMask::boolean)
+    return pack_mask_of<uint8_t>(p, block, key, keys, visible, bias);
   int width = kLanes;
-  LLMOPS_DISPATCH(p.mask_type, M, width = pack_mask_of<M>(p, block, key, keys, bias));
+  LLMOPS_DISPATCH(p.mask_type, M, width = pack_mask_of<M>(p, block, key, keys, visible, bias));
   return width;
 }
 // Floats that pack_mask may write for blocks of `keys` keys.
@@ -275,7 +278,8 @@ LLMOPS_OUTLINE Vec modify_lanes(const AttentionParams& p, const QueryBlock& bloc
 }
 
 // Turns raw scores s [keys][64] of the keys from `key` on into natural logits (kModified), and
-// drops what the causal limit and the window hide. top, if not null: the lanes' maximum.
+// drops what the causal limit and the window hide. top, if not null: the lanes' maximum. Vectors
+// that see no key are left as they are.
 template <bool kForm>
 LLMOPS_OUTLINE void modify_scores(const AttentionParams& p, const QueryBlock& block, int64_t key,
                                   int keys, const int* visible, float* s, float* bias, float* top,
@@ -287,10 +291,11 @@ LLMOPS_OUTLINE void modify_scores(const AttentionParams& p, const QueryBlock& bl
     if (p.slopes) bits |= kAlibi;
     if (p.mask_kind != ScoreMask::none) {
       bits |= kMasked;
-      width = pack_mask(p, block, key, keys, bias);
+      width = pack_mask(p, block, key, keys, visible, bias);
     }
   }
   for (int j = 0; j < block.vecs; ++j) {
+    if (visible[j] == 0) continue;
     const auto apply = [&](auto known) {
       return modify_lanes<static_cast<unsigned>(known.value)>(p, block, key, visible[j], j, s, bias,
                                                               width, slope);

@@ -179,13 +179,14 @@ template <bool kRowsAreOuter>
 LLMOPS_INLINE void strip_of(const MatmulOperand& x, int64_t outer, int64_t count, int64_t k,
                             int64_t depth, float* out) {
   const float* const data = static_cast<const float*>(x.data) + outer * x.outer_step + k * x.k_step;
-  split_strip<kRowsAreOuter>(data, x.outer_step, x.k_step, count, depth, out);
+  split_strips<kRowsAreOuter>({data, x.outer_step, x.k_step, least(count, kPair), depth}, out);
 }
 
 LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64_t end,
                                     const float* packed, int64_t row, float* scratch) {
   const int64_t rows = least(kTiledBlock, p.m - row), strip = tiled_steps(p.k) * kStepFloats;
   alignas(64) float sums[kPair * kPair];
+  Nothing nothing;
   begin_tiles();
   for (int64_t k = 0; k < p.k || k == 0; k += kTiledDepth) {
     const int64_t depth = least(kTiledDepth, p.k - k), steps = tiled_steps(depth);
@@ -195,7 +196,8 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
     for (int64_t c = column; c < end; c += kPair) {
       const float* const b = packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
       for (int64_t i = 0; i < rows; i += kPair) {
-        split_product(scratch + i / kPair * steps * kStepFloats, b, steps, sums, kPair, false);
+        split_product(scratch + i / kPair * steps * kStepFloats, b, steps, sums, kPair, false,
+                      nothing);
         const int columns = count_of(end - c, kPair), count = count_of(rows - i, kPair);
         Tile<float> tile{};
         tile.sums = tile.y = static_cast<float*>(p.y) + (row + i) * p.y_stride + c;

@@ -35,41 +35,56 @@ LLMOPS_INLINE void split(Vec first, Vec second, float* out) {
   }
 }
 
-// 32 outer elements, of which `count` exist, by `depth` steps of k as a strip [steps of 32][parts]
+// `count` outer elements by `depth` steps of k as strips of 32 of them, each [steps of 32][parts]
 // [2 tiles][16][16 pairs]: rows of a tile are outer elements and its pairs k for the operand a, the
 // other way round for b. A pair is of k and k + 16. Element (outer, k) is at data + outer *
 // outer_step + k * k_step, one of the steps 1; zeros where there is none.
+struct SplitSource {
+  const float* data;
+  int64_t outer_step, k_step, count, depth;
+  int64_t tiles() const { return (count + kPair - 1) / kPair * tiled_steps(depth) * 2; }
+};
+// The rows of tile `index` before they are split, and where the first of them goes.
 template <bool kRowsAreOuter>
-LLMOPS_NOINLINE void split_strip(const float* data, int64_t outer_step, int64_t k_step,
-                                 int64_t count, int64_t depth, float* out) {
-  const bool outer_dense = outer_step == 1;
-  for (int64_t d = 0; d < depth; d += kDepth, out += kStepFloats) {
-    for (int tile = 0; tile < 2; ++tile) {
-      const int64_t first = tile * kSide;
-      Vec half[2][kSide];
-      for (int h = 0; h < 2; ++h) {
-        const int64_t step = d + h * kSide;
-        const float* const p = data + first * outer_step + step * k_step;
-        const int outers = up_to_side(count - first), steps = up_to_side(depth - step);
-        const int rows = outer_dense ? steps : outers, lanes = outer_dense ? outers : steps;
-        const int64_t stride = outer_dense ? k_step : outer_step;
-        if (rows == kSide && lanes == kSide) {
-          LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) half[h][i] = load(p + i * stride);
-        } else {
-          for (int i = 0; i < kSide; ++i)
-            half[h][i] = i < rows ? load_n(p + i * stride, lanes) : zero();
-        }
-        if (outer_dense == kRowsAreOuter) transpose(half[h]);
-      }
-      LLMOPS_UNROLL for (int i = 0; i < kSide; ++i)
-          split(half[0][i], half[1][i], out + tile * kTileFloats + i * kSide);
+LLMOPS_INLINE float* gather(const SplitSource& from, int64_t index, float* out, Vec* first,
+                            Vec* second) {
+  const int64_t steps = tiled_steps(from.depth), step = index / 2 % steps, tile = index % 2;
+  const int64_t outer = index / 2 / steps * kPair + tile * kSide;
+  const bool outer_dense = from.outer_step == 1;
+  for (int h = 0; h < 2; ++h) {
+    Vec* const half = h ? second : first;
+    const int64_t k = step * kDepth + h * kSide;
+    const float* const p = from.data + outer * from.outer_step + k * from.k_step;
+    const int outers = up_to_side(from.count - outer), ks = up_to_side(from.depth - k);
+    const int rows = outer_dense ? ks : outers, lanes = outer_dense ? outers : ks;
+    const int64_t stride = outer_dense ? from.k_step : from.outer_step;
+    if (rows == kSide && lanes == kSide) {
+      LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) half[i] = load(p + i * stride);
+    } else {
+      for (int i = 0; i < kSide; ++i) half[i] = i < rows ? load_n(p + i * stride, lanes) : zero();
     }
+    if (outer_dense == kRowsAreOuter) transpose(half);
+  }
+  return out + index / 2 * kStepFloats + tile * kTileFloats;
+}
+template <bool kRowsAreOuter>
+LLMOPS_NOINLINE void split_strips(const SplitSource& from, float* out) {
+  for (int64_t index = 0; index < from.tiles(); ++index) {
+    Vec half[2][kSide];
+    float* const at = gather<kRowsAreOuter>(from, index, out, half[0], half[1]);
+    LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) split(half[0][i], half[1][i], at + i * kSide);
   }
 }
 
-// out [32][32 of ld] = A B of two strips, or += with `add`.
-LLMOPS_NOINLINE void split_product(const float* a, const float* b, int64_t steps, float* out,
-                                   int64_t ld, bool add) {
+#define LLMOPS_BESIDE __attribute__((always_inline))
+struct Nothing {
+  LLMOPS_BESIDE void operator()() const {}
+};
+// out [32][32 of ld] = A B of two strips, or += with `add`. `beside` is called after every second
+// product of tiles: its vectors' instructions run while the tiles multiply.
+template <class F>
+LLMOPS_INLINE void split_product(const float* a, const float* b, int64_t steps, float* out,
+                                 int64_t ld, bool add, F& beside) {
   const int64_t row = ld * 4;
   float* const below = out + kSide * ld;
   memory_is_used(out);
@@ -86,21 +101,25 @@ LLMOPS_NOINLINE void split_product(const float* a, const float* b, int64_t steps
   }
   // With the next part of a, or of b, in place of the last one. Each load just before its first
   // use.
-  const auto rows = [](const float* part) __attribute__((always_inline)) {
+  const auto rows = [&](const float* part) __attribute__((always_inline)) {
     _tile_loadd(4, part, 4 * kSide);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+    beside();
     _tile_loadd(5, part + kTileFloats, 4 * kSide);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    beside();
   };
-  const auto columns = [](const float* part) __attribute__((always_inline)) {
+  const auto columns = [&](const float* part) __attribute__((always_inline)) {
     _tile_loadd(6, part, 4 * kSide);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
+    beside();
     _tile_loadd(7, part + kTileFloats, 4 * kSide);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
+    beside();
   };
   for (int64_t s = 0; s < steps; ++s, a += kStepFloats, b += kStepFloats) {
     _tile_loadd(6, b, 4 * kSide);
