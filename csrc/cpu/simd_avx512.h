@@ -109,8 +109,7 @@ LLMOPS_INLINE Vec round(Vec a) {
 // p * 2^n for integer-valued n, with correct overflow, underflow and NaN.
 LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 
-// The same for p near 1 and n up to 127; 0 where n is below -126, -inf included. An underflow would
-// cost Intel's processors 400 cycles a vector.
+// The same for p near 1; 0 where n is below -126, -inf included.
 LLMOPS_INLINE Vec scale_by_small_power(Vec p, Vec n) {
   const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(normal, p.v, n.v)};
