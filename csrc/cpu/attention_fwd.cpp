@@ -26,10 +26,11 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor)
   const Vec before = load(s.m + j * W), top = load(s.top + j * W);
   // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units: an
   // additive mask may hold the lowest finite number, which times log2 e would be -inf.
-  const Vec m = max(kNatural ? top : top * factor, before);
+  const Vec m = reference(kNatural ? top : top * factor, before);
   // Nothing seen yet: -inf - -inf would be NaN.
   const Vec shift = select(equal(m, set1(-kInf)), zero(), m);
-  const Vec alpha = exp2_softmax(kNatural ? (before - shift) * factor : before - shift);
+  const Vec fade = kNatural ? (before - shift) * factor : before - shift;
+  const Vec alpha = rescaling(before, exp2_softmax(fade));
   store(s.m + j * W, m);
   store(s.alpha + j * W, alpha);
   const Vec minus = zero() - shift;

@@ -13,6 +13,18 @@ constexpr int kShared = 4;  // blocks of queries that share keys in strips
 template <Way kWay>
 constexpr int64_t kKeys = kWay == Way::split ? 64 : 96;
 
+// What exponentials are taken relative to: the maximum so far, or one that it exceeds by so little
+// that nothing overflows; then O need not be rescaled.
+LLMOPS_INLINE Vec reference(Vec top, Vec before) {
+  constexpr float kSlack = 5.0f;  // of an exponent to base 2 or e
+  const Vec most = max(top, before);
+  return select(less(before + set1(kSlack), most), most, before);
+}
+// The factor of what was summed relative to `before`, where that is anything.
+LLMOPS_INLINE Vec rescaling(Vec before, Vec exponential) {
+  return select(equal(before, set1(-kInf)), set1(1.0f), exponential);
+}
+
 struct Scratch {
   float* q;                    // [padded D][64], or pairs [padded D / 2][64]
   float* q_split;              // the strips of q

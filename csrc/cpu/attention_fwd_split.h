@@ -13,7 +13,6 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr float kSlack = 5.0f;  // of an exponential's exponent, in either unit
 constexpr int kPairVecs = kPair / W, kPairs = kBlockVecs / kPairVecs;  // of a block's vectors
 
 // What a block of queries sees of a block of keys. Two vectors share a strip.
@@ -58,12 +57,11 @@ struct Softmax {
     const int at = vec * W;
     const Vec before = load(s.m + at), top = load(s.top + at);
     // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units.
-    // It need not be the maximum: while that grows by little, O stays as it is.
-    const Vec grown = max(kNatural ? top : top * factor, before);
-    const Vec m = select(less(before + set1(kSlack), grown), grown, before);
+    const Vec m = reference(kNatural ? top : top * factor, before);
     // Nothing seen yet: -inf - -inf would be NaN.
     shift = select(equal(m, set1(-kInf)), zero(), m);
-    alpha = exp2_softmax(kNatural ? (before - shift) * factor : before - shift);
+    const Vec fade = kNatural ? (before - shift) * factor : before - shift;
+    alpha = rescaling(before, exp2_softmax(fade));
     store(s.m + at, m);
     if constexpr (!kNatural) shift = zero() - shift;
     sum0 = load(s.l + at) * alpha;
@@ -74,8 +72,7 @@ struct Softmax {
             vec % kPairVecs * kTileFloats;
     cells = seen->steps[vec / kPairVecs] * kSide;
     o = s.o + at;
-    const Mask same = equal(m, before), first = equal(before, set1(-kInf));  // O is 0
-    row = (mask_bits(same) | mask_bits(first)) == 0xffffu ? 0 : dim_v;
+    row = mask_bits(equal(alpha, set1(1.0f))) == 0xffffu ? 0 : dim_v;
     rows = (dim_v + cells - 1) / cells;
   }
   LLMOPS_BESIDE void begin(const Seen& of) {
