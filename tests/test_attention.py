@@ -212,6 +212,56 @@ def test_attention_of_long_sequences(target: Target, dtype: torch.dtype) -> None
                 assert_close(g, o, y, factor=2.0, what=name, eps=eps)
 
 
+@TARGETS
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_attention_of_scores_that_grow(target: Target, dtype: torch.dtype) -> None:
+    """By 300 from the first key to the last, or the other way round: exponentials are taken of one
+    block of keys after another, each with a maximum far above, or below, the one before."""
+    generator = torch.Generator().manual_seed(4)
+    for last in (300.0, -300.0):
+        q, k, v = (torch.randn(1, 2, 520, 40, generator=generator) * 0.1 for _ in range(3))
+        q[..., 0], k[..., 0] = 1.0, torch.linspace(0, last, 520)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        for causal in (False, True):
+            arguments = {"causal": causal, "scale": 1.0}
+            exact = reference.attention(q.double(), k.double(), v.double(), **arguments)
+            theirs = torch_attention(q, k, v, **arguments)
+            with target.active():
+                got = llmops.attention(q, k, v, backend=target.backend, **arguments)
+            assert isinstance(got, Tensor)
+            assert_close(got, exact, theirs, factor=2.0, what=f"out, {last}, causal {causal}")
+
+
+@TARGETS
+def test_attention_reads_nothing_that_a_call_left(target: Target) -> None:
+    """Scratch is kept between calls: after one of NaN alone, any form gives what it gave before."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 2, 290, 40, generator=generator) for _ in range(3))
+    grad = torch.randn(1, 2, 290, 40, generator=generator)
+    nan = [torch.full((1, 2, 290, 96), math.nan) for _ in range(4)]
+    for arguments in (
+        {},
+        {"causal": True},
+        {"window": (30, 0)},
+        {"causal": True, "dropout_p": 0.3},
+        {"causal": True, "softcap": 5.0, "mask": torch.rand(290, 290, generator=generator) < 0.8},
+    ):
+
+        def run(*inputs: Tensor, arguments: dict[str, Any] = arguments) -> list[Tensor]:
+            seeded = dict(arguments)
+            if "dropout_p" in arguments:
+                seeded["generator"] = torch.Generator().manual_seed(6)
+            attend = partial(llmops.attention, backend=target.backend)
+            return _with_gradients(*inputs, attend, torch.float32, **seeded)
+
+        with target.active():
+            before = run(q, k, v, grad)
+            _with_gradients(*nan, partial(llmops.attention, backend=target.backend), torch.float32)
+            after = run(q, k, v, grad)
+        for x, y in zip(before, after, strict=True):
+            assert torch.equal(x, y) and bool(x.isfinite().all()), arguments
+
+
 def test_attention_layout_follows_q() -> None:
     """[B, T, H, D] in memory in, the same out: a model's transpose and reshape copies nothing."""
     base = [torch.randn(2, 30, 4, 8, requires_grad=True) for _ in range(3)]
