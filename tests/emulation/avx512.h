@@ -353,6 +353,9 @@ LLMOPS_EMULATED __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
   }
   return wide(x);
 }
+LLMOPS_EMULATED __m512 _mm512_maskz_scalef_ps(__mmask16 m, __m512 a, __m512 b) {
+  return _mm512_mask_mov_ps(_mm512_setzero_ps(), m, _mm512_scalef_ps(a, b));
+}
 
 // ---- across lanes
 // --------------------------------------------------------------------------------
