@@ -5,7 +5,7 @@
 // scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
 // a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
 // by tiles (AMX) or in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16
-// always is. Long fp32 goes through AMX in three bf16 parts (attention_split.h).
+// always is. Long fp32 goes through AMX in three bf16 parts (attention_fwd_split.h).
 // 4 * Tq * Tk * D flops per head; K and V are read once per 64 queries.
 #include "attention.h"
 
