@@ -77,15 +77,17 @@ def test_cpu_math_exponential_limits(library: ctypes.CDLL, name: str) -> None:
     y = apply(getattr(library, f"map_{name}"), x, np.float32)
     assert np.isnan(y[0])
     np.testing.assert_array_equal(y[1:], np.array([np.inf, 0, np.inf, 0, 1, 1, np.inf, 0]))
-    # Subnormal results are 0, or right to the last subnormal bit or two.
+    # Gradual underflow: subnormal results are right to the last subnormal bit or two. Or 0, where
+    # the header says so: with AVX-512, and of exp.
     x = spread(-149, -126) if name == "exp2" else spread(-103, -88)
     want = getattr(np, name)(x.astype(np.float64))
     got = apply(getattr(library, f"map_{name}"), x, np.float32)
-    assert bool(((got == 0) | (np.abs(got - want) <= 1.5 * 2.0**-149)).all())
+    may_be_zero = (got == 0) & (library.lanes() == 16 or name == "exp")
+    assert bool((may_be_zero | (np.abs(got - want) <= 1.5 * 2.0**-149)).all())
 
 
 def test_cpu_math_exponentials_have_no_subnormals(library: ctypes.CDLL) -> None:
-    """With AVX-512: each vector that has one takes Intel's processors 400 cycles."""
+    """With AVX-512: each vector that has one takes Intel's processors 60 ns."""
     if library.lanes() == 16:
         x = np.concatenate([spread(-160, -127), np.array([-np.inf], np.float32)])
         assert not apply(library.map_exp2, x, np.float32).any()

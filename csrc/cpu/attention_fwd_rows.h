@@ -60,7 +60,7 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * kKeys<kWay> * kLanes);
   if (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
-    s.pairs = arena.take<float>(2 * kLanes / kPair * strips_size(kPair, kKeys<kWay>));
+    s.pairs = arena.take<float>(2 * (kLanes / kPair) * strips_size(kPair, kKeys<kWay>));
     s.k = arena.take<float>(strips_size(kKeys<kWay>, p.dim));
     s.v = arena.take<float>(strips_size(p.dim_v, kKeys<kWay>));
 #endif

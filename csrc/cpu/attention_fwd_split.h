@@ -13,15 +13,15 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int kPairVecs = kPair / W, kPairs = kBlockVecs / kPairVecs;  // of a block's vectors
+constexpr int kPairVecs = kPair / W, kBlockPairs = kBlockVecs / kPairVecs;  // of a block's vectors
 
 // What a block of queries sees of a block of keys. Two vectors share a strip.
 struct Seen {
   const QueryBlock* block;
   const Scratch* rows;
-  int visible[kBlockVecs];      // keys that some lane of a vector sees
-  int64_t steps[kPairs], most;  // of 32 keys, up to the last of those; and of all pairs
-  float *score, *strip;         // [kKeys][64]; P's strips
+  int visible[kBlockVecs];           // keys that some lane of a vector sees
+  int64_t steps[kBlockPairs], most;  // of 32 keys, up to the last of those; and of all pairs
+  float *score, *strip;              // [kKeys][64]; P's strips
 };
 
 // Lines of rows that are split next, asked for one at a time.
@@ -184,7 +184,7 @@ struct SplitForward {
       if (key >= block[i].end || key + keys <= block[i].begin) continue;
       Seen& s = seen[n] = {block + i, rows + i, {}, {}, 0, nullptr, nullptr};
       s.score = rows[0].s + n % 2 * kKeys<Way::split> * kLanes;
-      s.strip = rows[0].pairs + n % 2 * kPairs * strips_size(kPair, kKeys<Way::split>);
+      s.strip = rows[0].pairs + n % 2 * kBlockPairs * strips_size(kPair, kKeys<Way::split>);
       for (int j = 0; j < block[i].vecs; ++j) {
         s.visible[j] = clamp_int(block[i].vec_limit[j] - key, 0, keys);
         int64_t& steps = s.steps[j / kPairVecs];
@@ -210,8 +210,8 @@ struct SplitForward {
     const int64_t steps = tiled_steps(p.dim);
     F run = beside;  // in registers
     for (int64_t i = 0; i < s.most; ++i) {
-      for (int x = 0; x < kPairs; ++x) {
-        const int c = i % 2 ? kPairs - 1 - x : x;
+      for (int x = 0; x < kBlockPairs; ++x) {
+        const int c = i % 2 ? kBlockPairs - 1 - x : x;
         if (i < s.steps[c])
           split_product(rows[0].k + i * steps * kStepFloats,
                         s.rows->q_split + c * steps * kStepFloats, steps,
@@ -235,8 +235,8 @@ struct SplitForward {
     const float* v = rows[0].v;
     F run = beside;
     for (int64_t d = 0; d < p.dim_v; d += kPair, v += tiled_steps(keys) * kStepFloats) {
-      for (int x = 0; x < kPairs; ++x) {
-        const int c = d / kPair % 2 ? kPairs - 1 - x : x;
+      for (int x = 0; x < kBlockPairs; ++x) {
+        const int c = d / kPair % 2 ? kBlockPairs - 1 - x : x;
         if (s.steps[c] > 0)
           split_product(v, s.strip + c * strips_size(kPair, kKeys<Way::split>), s.steps[c],
                         s.rows->o + d * kLanes + c * kPair, kLanes, true, run);

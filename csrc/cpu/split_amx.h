@@ -76,6 +76,8 @@ LLMOPS_NOINLINE void split_strips(const SplitSource& from, float* out) {
   }
 }
 
+// For members, which LLMOPS_INLINE would make static: inlined, what runs beside a product keeps its
+// state in registers.
 #define LLMOPS_BESIDE __attribute__((always_inline))
 struct Nothing {
   LLMOPS_BESIDE void operator()() const {}
