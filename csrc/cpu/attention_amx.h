@@ -61,6 +61,72 @@ LLMOPS_INLINE void tile_products(int rows, int columns, const char* a, int64_t r
   });
 }
 
+// out [16 R][16] = A B, or += with `add`. a: as above; b: [16 steps][16] pairs. All of it lies row
+// on row: the two tiles of A take turns.
+template <int R>
+LLMOPS_OUTLINE void column_product(const char* a, int64_t row_bytes, const float* b, int64_t steps,
+                                   float* out, bool add) {
+  constexpr int kTile = kSide * kSide, kRowBytes = 4 * kSide;
+  memory_is_used(a);
+  if (add) {
+    _tile_loadd(0, out, kRowBytes);
+    if constexpr (R > 1) _tile_loadd(1, out + kTile, kRowBytes);
+    if constexpr (R > 2) _tile_loadd(2, out + 2 * kTile, kRowBytes);
+    if constexpr (R > 3) _tile_loadd(3, out + 3 * kTile, kRowBytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (R > 1) _tile_zero(1);
+    if constexpr (R > 2) _tile_zero(2);
+    if constexpr (R > 3) _tile_zero(3);
+  }
+  const int64_t down = kSide * row_bytes;
+  for (int64_t s = 0; s < steps; ++s, a += 2 * kDepth, b += kTile) {
+    _tile_loadd(6, b, kRowBytes);
+    _tile_loadd(4, a, row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (R > 1) {
+      _tile_loadd(5, a + down, row_bytes);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    if constexpr (R > 2) {
+      _tile_loadd(4, a + 2 * down, row_bytes);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (R > 3) {
+      _tile_loadd(5, a + 3 * down, row_bytes);
+      _tile_dpbf16ps(3, 5, 6);
+    }
+  }
+  _tile_stored(0, out, kRowBytes);
+  if constexpr (R > 1) _tile_stored(1, out + kTile, kRowBytes);
+  if constexpr (R > 2) _tile_stored(2, out + 2 * kTile, kRowBytes);
+  if constexpr (R > 3) _tile_stored(3, out + 3 * kTile, kRowBytes);
+  memory_is_used(out);
+}
+// The same for `tiles` times 16 rows.
+LLMOPS_INLINE void column_products(const char* a, int64_t row_bytes, int64_t tiles, const float* b,
+                                   int64_t steps, float* out, bool add) {
+  for (int64_t i = 0; i < tiles; i += 4) {
+    with_constant<4>(clamp_int(tiles - i, 1, 4), [&](auto r) {
+      column_product<r.value>(a + i * kSide * row_bytes, row_bytes, b, steps,
+                              out + i * kSide * kSide, add);
+    });
+  }
+}
+
+// The lanes' maximum over rows [keys][16].
+LLMOPS_INLINE Vec max_of_rows(const float* s, int keys) {
+  // Four at a time, side by side: one after the other each waits for the one before.
+  Vec m[4];
+  LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = set1(-kInf);
+  int r = 0;
+  for (; r + 4 <= keys; r += 4) {
+    LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = max(load(s + (r + k) * W), m[k]);
+  }
+  for (; r < keys; ++r) m[0] = max(load(s + r * W), m[0]);
+  return max(max(m[0], m[1]), max(m[2], m[3]));
+}
+
 // f(first vector, how many) of pairs of vectors that see more than `keys`; visible is not
 // decreasing.
 template <class F>
@@ -73,67 +139,34 @@ LLMOPS_INLINE void for_vectors(int vecs, const int* visible, int keys, const F& 
   }
 }
 
-// The lanes' maximum over those of 32 keys from i on that each of some vectors sees.
-LLMOPS_INLINE void max_of_keys(const float* s, int i, int first, int columns, const int* visible,
-                               float* top) {
-  for (int c = first; c < first + columns; ++c) {
-    const int end = visible[c] < i + 2 * kSide ? visible[c] : i + 2 * kSide;
-    // Four at a time, side by side: one after the other each waits for the one before.
-    Vec m[4];
-    LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = load(top + c * W);
-    int r = i;
-    for (; r + 4 <= end; r += 4) {
-      LLMOPS_UNROLL for (int k = 0; k < 4; ++k) {
-        m[k] = max(load(s + (r + k) * kLanes + c * W), m[k]);
-      }
-    }
-    for (; r < end; ++r) m[0] = max(load(s + r * kLanes + c * W), m[0]);
-    store(top + c * W, max(max(m[0], m[1]), max(m[2], m[3])));
-  }
-}
-
-// Vector c of out [rows][64], times alpha, 1 where null.
-LLMOPS_INLINE void rescale(float* out, int64_t rows, int c, const float* alpha) {
-  if (!alpha) return;
-  const Vec factor = load(alpha + c * W);
-  if (mask_bits(equal(factor, set1(1.0f))) == 0xffffu) return;
-  for (int64_t d = 0; d < rows; ++d) {
-    float* o = out + d * kLanes + c * W;
-    store(o, load(o) * factor);
-  }
-}
-
 // S^T [keys][64] = K Q^T, where some lane of a vector sees a key; rows up to the next 16th are
-// written, too. And the lanes' maximum over the keys that each vector sees, when asked for. k: rows
-// up to there, zeros up to the next 32nd column.
-LLMOPS_OUTLINE void scores_by_tiles(const char* k, int64_t row_bytes, const float* q, int64_t steps,
-                                    int keys, int vecs, const int* visible, float* out,
-                                    float* top) {
+// written, too. k: rows up to there, zeros up to the next 32nd column.
+[[maybe_unused]] LLMOPS_OUTLINE void scores_by_tiles(const char* k, int64_t row_bytes,
+                                                     const float* q, int64_t steps, int keys,
+                                                     int vecs, const int* visible, float* out) {
   for (int i = 0; i < keys; i += 2 * kSide) {
     for_vectors(vecs, visible, i, [&](int j, int columns) {
       const int rows = visible[j + columns - 1] > i + kSide ? 2 : 1;
       tile_products(rows, columns, k + i * row_bytes, row_bytes, q + j * W, steps,
                     out + i * kLanes + j * W, kLanes, false);
-      if (top) max_of_keys(out, i, j, columns, visible, top);
     });
   }
 }
 
-// O^T [rows][64] = O^T * alpha + V^T P, alpha 1 where null. v: [up to the next 16th row][v_cells]
-// pairs of keys; of P, pairs [][64], what a vector does not see up to the next 32nd key is
-// overwritten with zeros.
-LLMOPS_OUTLINE void update_by_tiles(const float* v, int64_t v_cells, int64_t rows, float* pairs,
-                                    int vecs, const int* visible, float* out, const float* alpha) {
+// out [rows][64] += A B. a: [up to the next 16th row][a_cells] pairs of keys; of B, pairs [][64],
+// what a vector does not see up to the next 32nd key is overwritten with zeros.
+[[maybe_unused]] LLMOPS_OUTLINE void update_by_tiles(const float* a, int64_t a_cells, int64_t rows,
+                                                     float* pairs, int vecs, const int* visible,
+                                                     float* out) {
   for_vectors(vecs, visible, 0, [&](int j, int columns) {
     const int steps = (visible[j + columns - 1] + kDepth - 1) / kDepth;
     for (int c = j; c < j + columns; ++c) {
       for (int i = (visible[c] + 1) / 2; i < steps * kSide; ++i)
         store(pairs + i * kLanes + c * W, zero());
-      rescale(out, rows, c, alpha);
     }
     for (int64_t d = 0; d < rows; d += 2 * kSide) {
       tile_products(rows - d > kSide ? 2 : 1, columns,
-                    reinterpret_cast<const char*>(v + d * v_cells), v_cells * 4, pairs + j * W,
+                    reinterpret_cast<const char*>(a + d * a_cells), a_cells * 4, pairs + j * W,
                     steps, out + d * kLanes + j * W, kLanes, true);
     }
   });

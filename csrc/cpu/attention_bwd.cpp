@@ -66,8 +66,7 @@ struct Backward {
     if constexpr (kWay == Way::tiles) {
 #ifdef LLMOPS_HAS_TILES
       const Cells a = tile_rows(rows, stride, keys, dim, copy);
-      scores_by_tiles(a.base, a.row, b, padded(dim) / kDepth, keys, block.vecs, visible, out,
-                      nullptr);
+      scores_by_tiles(a.base, a.row, b, padded(dim) / kDepth, keys, block.vecs, visible, out);
       return a;
 #endif
     }
@@ -152,8 +151,7 @@ struct Backward {
       add(s.p16, s.g_rows, dim_v, dv + key * dim_v);
       add(s.ds16, s.q_rows, dim, dk + key * dim);
       transpose_rows(k, p.k_stride[2], keys, p.dim, s.k_pairs, kGradTiled / 2);
-      update_by_tiles(s.k_pairs, kGradTiled / 2, p.dim, s.ds_pairs, block.vecs, visible, s.dq,
-                      nullptr);
+      update_by_tiles(s.k_pairs, kGradTiled / 2, p.dim, s.ds_pairs, block.vecs, visible, s.dq);
       return;
     }
 #endif
@@ -181,8 +179,8 @@ struct Backward {
     const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
     if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-      pack_lane_pairs(q, block.count, p.dim, sign < 0.0f, s.q);
-      pack_lane_pairs(grad, block.count, p.dim_v, false, s.g);
+      pack_lane_pairs(q, block.count, p.dim, sign < 0.0f, kSideBySide, s.q);
+      pack_lane_pairs(grad, block.count, p.dim_v, false, kSideBySide, s.g);
       const int64_t rows = kWay == Way::tiles ? round_up(block.count, 32) : block.count;
       for (int64_t i = block.count; i < rows; ++i) q[i] = grad[i] = static_cast<const T*>(s.zeros);
       pack_row_pairs([&](int64_t i) { return q[i]; }, rows, p.dim, s.q_rows, dim);
@@ -220,7 +218,7 @@ struct Backward {
   void finish_rows() const {
     T* dq[kLanes];
     block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
-    unpack_lanes(s.dq, block.count, p.dim, s.factor, dq);
+    unpack_lanes(s.dq, kSideBySide, block.count, p.dim, s.factor, dq);
   }
 
   void run_block(int64_t group, int64_t index) const {

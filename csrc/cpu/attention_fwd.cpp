@@ -4,15 +4,16 @@
 // Keys come in blocks of up to 96: S^T = K Q^T, the block's maximum per query, P = 2^(S - m) with
 // scale * log2 e folded in, O^T = O^T * alpha + V^T P. Key groups that the causal limit hides from
 // a whole vector of queries are skipped in all three. fp32 accumulation throughout; bf16 multiplies
-// by tiles (AMX) or in pairs (vdpbf16ps) where the processor can and is widened elsewhere, as fp16
-// always is. Long fp32 goes through AMX in three bf16 parts (attention_fwd_split.h).
+// by AMX (attention_fwd_tiles.h) or in pairs (vdpbf16ps) where the processor can and is widened
+// elsewhere, as fp16 always is. Long fp32 goes through AMX in three bf16 parts
+// (attention_fwd_split.h).
 // 4 * Tq * Tk * D flops per head; K and V are read once per 64 queries.
 #include "attention.h"
 
-#include "attention_amx.h"
 #include "attention_dropout.h"
 #include "attention_fwd_rows.h"
 #include "attention_fwd_split.h"
+#include "attention_fwd_tiles.h"
 #include "attention_score.h"
 #include "attention_tile.h"
 #include "simd.h"
@@ -20,65 +21,11 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-// Probabilities of vector j's first `keys` keys, in place or as pairs; m, l and alpha follow.
-template <bool kPairs, bool kNatural>
-LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor) {
-  const Vec before = load(s.m + j * W), top = load(s.top + j * W);
-  // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units: an
-  // additive mask may hold the lowest finite number, which times log2 e would be -inf.
-  const Vec m = reference(kNatural ? top : top * factor, before);
-  // Nothing seen yet: -inf - -inf would be NaN.
-  const Vec shift = select(equal(m, set1(-kInf)), zero(), m);
-  const Vec fade = kNatural ? (before - shift) * factor : before - shift;
-  const Vec alpha = rescaling(before, exp2_softmax(fade));
-  store(s.m + j * W, m);
-  store(s.alpha + j * W, alpha);
-  const Vec minus = zero() - shift;
-  const auto probability = [&](int k) __attribute__((always_inline)) {
-    const Vec x = load(s.s + k * kLanes + j * W);
-    return exp2_softmax(kNatural ? (x - shift) * factor : fma(x, factor, minus));
-  };
-  // Dropout spares the normalizer: what is summed is not what multiplies V.
-  const auto kept = [&](int k, Vec x) __attribute__((always_inline)) {
-    if constexpr (!kNatural) return x;
-    return s.keep ? x * load(s.keep + k * kLanes + j * W) : x;
-  };
-  Vec sum0 = load(s.l + j * W) * alpha, sum1 = zero();
-  int k = 0;
-  _Pragma("GCC unroll 4") for (; k + 2 <= keys; k += 2) {
-    Vec a = probability(k), b = probability(k + 1);
-    sum0 = sum0 + a;
-    sum1 = sum1 + b;
-    a = kept(k, a), b = kept(k + 1, b);
-    if constexpr (kPairs) {
-#ifdef LLMOPS_HAS_DOT_PAIRS
-      store(s.pairs + k / 2 * kLanes + j * W, make_pairs(a, b));
-#endif
-    } else {
-      store(s.s + k * kLanes + j * W, a);
-      store(s.s + (k + 1) * kLanes + j * W, b);
-    }
-  }
-  if (k < keys) {
-    Vec a = probability(k);
-    sum0 = sum0 + a;
-    a = kept(k, a);
-    if constexpr (kPairs) {
-#ifdef LLMOPS_HAS_DOT_PAIRS
-      store(s.pairs + k / 2 * kLanes + j * W, make_pairs(a, zero()));
-#endif
-    } else {
-      store(s.s + k * kLanes + j * W, a);
-    }
-  }
-  store(s.l + j * W, sum0 + sum1);
-}
-
 // Keys [key, key + keys) for the block's rows.
 template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                             int64_t key, int keys) {
-  constexpr bool kNatural = kForm, kPairs = kWay == Way::pairs || kWay == Way::tiles;
+  constexpr bool kNatural = kForm, kPairs = kWay == Way::pairs;
   const KeyRows<T> k =
       key_rows(p, block, p.k, p.k_stride, key, keys, p.dim, static_cast<T*>(s.k_page));
   const KeyRows<T> v =
@@ -91,16 +38,9 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     store(s.top + j * W, set1(-kInf));
   }
 
-  const bool cut = kForm || block.cuts(key, keys);
   Cells k_cells = cells(k.first, k.stride * kSize, 4);
   int64_t k_steps = p.dim;
-  if constexpr (kWay == Way::tiles) {
-#ifdef LLMOPS_HAS_TILES
-    k_cells = tile_rows(k.first, k.stride, keys, p.dim, s.k);
-    scores_by_tiles(k_cells.base, k_cells.row, s.q, dim / kDepth, keys, block.vecs, visible, s.s,
-                    cut ? nullptr : s.top);
-#endif
-  } else if constexpr (kPairs) {
+  if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     k_steps = (p.dim + 1) / 2;
     if (p.dim % 2) {
@@ -112,23 +52,18 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
     widen_rows(k.first, k.stride, keys, p.dim, s.k, dim);
     k_cells = cells(s.k, dim * 4, 4);
   }
-  if constexpr (kWay != Way::tiles)
-    scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
+  scores<kPairs>(k_cells, s.q, k_steps, keys, block.vecs, visible, s.s, s.top);
 
-  if (cut) modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
+  if (kForm || block.cuts(key, keys))
+    modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, s.top, nullptr);
   if (kForm && s.keep) dropout_weights(p, block, key, visible, s.keep);
   const Vec factor = set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e);
   for (int j = 0; j < block.vecs; ++j) {
-    if (visible[j] > 0) softmax_lanes<kPairs, kNatural>(s, j, visible[j], factor);
+    if (visible[j] > 0)
+      softmax_lanes<kPairs, kNatural, kLanes>(s, j, visible[j], factor, s.s + j * W,
+                                              s.pairs + j * W);
   }
 
-#ifdef LLMOPS_HAS_TILES
-  if constexpr (kWay == Way::tiles) {
-    transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys<kWay> / 2);
-    update_by_tiles(s.v, kKeys<kWay> / 2, p.dim_v, s.pairs, block.vecs, visible, s.o, s.alpha);
-    return;
-  }
-#endif
   Cells v_cells = cells(v.first, 4, v.stride * 4);
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
@@ -152,15 +87,9 @@ bool run(const AttentionParams& p, int64_t task, void* scratch) {
   QueryBlock block;
   begin_block(p, group, index, block);
   begin_rows<T, kWay, kForm>(p, block, s, split);
-#ifdef LLMOPS_HAS_TILES
-  if (kWay == Way::tiles) begin_tiles();
-#endif
   for_keys<kWay>(block.sequence.plan, split, block.begin, block.end,
                  [&](int64_t key, int keys) { add_keys<T, kWay, kForm>(p, block, s, key, keys); });
-#ifdef LLMOPS_HAS_TILES
-  if (kWay == Way::tiles) end_tiles();
-#endif
-  return finish_rows<T, kForm>(p, block, s, group, split);
+  return finish_rows<T, kWay, kForm>(p, block, s, group, split);
 }
 
 template <class T, Way kWay>
@@ -182,7 +111,13 @@ int64_t attention_fwd_scratch(const AttentionParams& p) {
 #endif
   } else {
     layout<bf16, Way::widened, kModified>(p, widened);
-    layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(p, paired);
+#ifdef LLMOPS_HAS_TILES
+    layout<bf16, Way::tiles, kModified>(p, paired);
+    Scratch other{};
+    for (int i = 1; i < kShared; ++i) layout_rows<Way::tiles>(p, paired, other);
+#else
+    layout<bf16, Way::pairs, kModified>(p, paired);
+#endif
   }
   return max64(widened.next - static_cast<char*>(nullptr),
                paired.next - static_cast<char*>(nullptr));
@@ -194,7 +129,11 @@ void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
       case Way::pairs:
         return dispatch<bf16, Way::pairs>(p, task, scratch);
       case Way::tiles:
-        return dispatch<bf16, kHasTiles ? Way::tiles : Way::pairs>(p, task, scratch);
+#ifdef LLMOPS_HAS_TILES
+        if (is_modified(p) || !run_tiled<kPlain>(p, task, scratch))
+          run_tiled<kModified>(p, task, scratch);
+        return;
+#endif
       case Way::split:
       case Way::widened:
         break;

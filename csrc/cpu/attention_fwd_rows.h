@@ -11,7 +11,17 @@ namespace {
 constexpr int kShared = 4;  // blocks of queries that share keys in strips
 // Of one block: S, P and V stay near, and what is done once for each block is done seldom.
 template <Way kWay>
-constexpr int64_t kKeys = kWay == Way::split ? 64 : 96;
+constexpr int64_t kKeys = kWay == Way::split || kWay == Way::tiles ? 64 : 96;
+// Tiles take one vector of queries after the other.
+template <Way kWay>
+constexpr int kRow = kWay == Way::tiles ? W : kLanes;
+// How packed queries, or O, of `rows` rows lie.
+template <Way kWay>
+LLMOPS_INLINE LaneSteps lane_steps(int64_t rows) {
+  return kWay == Way::tiles ? LaneSteps{W, rows * W} : kSideBySide;
+}
+
+constexpr uint32_t kAllLanes = (1u << W) - 1;
 
 // What exponentials are taken relative to: the maximum so far, or one that it exceeds by so little
 // that nothing overflows; then O need not be rescaled.
@@ -26,11 +36,11 @@ LLMOPS_INLINE Vec rescaling(Vec before, Vec exponential) {
 }
 
 struct Scratch {
-  float* q;                    // [padded D][64], or pairs [padded D / 2][64]
+  float* q;                    // [padded D][64], or pairs [padded D / 2][64]; lane_steps
   float* q_split;              // the strips of q
-  float* s;                    // [kKeys][64]: scores, then probabilities
-  float* pairs;                // [kKeys / 2][64]: probabilities as bf16 pairs; or a strip of s
-  float* o;                    // [padded Dv][64]
+  float* s;                    // [kKeys][kRow]: scores, then probabilities
+  float* pairs;                // [kKeys / 2][kRow]: probabilities as bf16 pairs; or a strip of s
+  float* o;                    // [padded Dv][64]; lane_steps
   float *k, *v;                // a block of keys and values, widened, paired or in strips
   void *k_page, *v_page;       // the same as they come, from several pages
   float* bias;                 // the mask of a block
@@ -57,7 +67,7 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = round_up(p.dim, 2 * W), dim_v = round_up(p.dim_v, 2 * W);
   Scratch s{};
   layout_rows<kWay>(p, arena, s);
-  s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * kKeys<kWay> * kLanes);
+  s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * kKeys<kWay> * kRow<kWay>);
   if (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
     s.pairs = arena.take<float>(2 * (kLanes / kPair) * strips_size(kPair, kKeys<kWay>));
@@ -65,7 +75,7 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
     s.v = arena.take<float>(strips_size(p.dim_v, kKeys<kWay>));
 #endif
   } else if (kWay != Way::widened) {
-    s.pairs = arena.take<float>(kKeys<kWay> / 2 * kLanes);
+    s.pairs = arena.take<float>(kKeys<kWay> / 2 * kRow<kWay>);
     s.k = arena.take<float>(p.dim % 2 || kWay == Way::tiles ? kKeys<kWay> * dim / 2 : 0);
     s.v = arena.take<float>(kKeys<kWay> / 2 * dim_v);
   } else if (sizeof(T) == 2) {
@@ -91,7 +101,8 @@ LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block,
   const float sign = split_scale(p.scale).query;
   if constexpr (kWay == Way::pairs || kWay == Way::tiles) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-    pack_lane_pairs(row, block.count, p.dim, sign < 0.0f, s.q);
+    pack_lane_pairs(row, block.count, p.dim, sign < 0.0f,
+                    lane_steps<kWay>(round_up(p.dim, 2 * W) / 2), s.q);
 #endif
   } else {
     pack_lanes(row, block.count, p.dim, sign, s.q);
@@ -102,11 +113,12 @@ LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block,
 #endif
   // Two vectors share a strip, though the second may hold no row.
   const int vecs = kWay == Way::split ? kBlockVecs : block.vecs;
+  const LaneSteps steps = lane_steps<kWay>(round_up(p.dim_v, 2 * W));
   for (int j = 0; j < vecs; ++j) {
     store(s.m + j * W, set1(-kInf));
     store(s.l + j * W, zero());
     for (int64_t d = 0; d < round_up(p.dim_v, kWholeRows<kWay>); ++d)
-      store(s.o + d * kLanes + j * W, zero());
+      store(s.o + j * steps.vec + d * steps.row, zero());
   }
   if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
     for (int i = 0; i < block.count; ++i) {
@@ -118,10 +130,11 @@ LLMOPS_INLINE void begin_rows(const AttentionParams& p, const QueryBlock& block,
 
 // Results and their log-sum-exp, or one split's partial ones. False, and nothing written, where the
 // plain form does not resolve a row.
-template <class T, bool kForm>
+template <class T, Way kWay, bool kForm>
 LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block, const Scratch& s,
                                int64_t group, int64_t split) {
   const AttentionPlan& plan = block.sequence.plan;
+  const LaneSteps steps = lane_steps<kWay>(round_up(p.dim_v, 2 * W));
   if constexpr (!kForm) {
     for (int i = 0; i < block.count; ++i)
       if (!is_resolved(s.m[i], s.l[i])) return false;
@@ -138,7 +151,7 @@ LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block
   if (plan.splits == 1) {
     T* out[kLanes];
     block_rows(block, static_cast<T*>(p.out), p.out_stride, out);
-    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
+    unpack_lanes(s.o, steps, block.count, p.dim_v, s.alpha, out);
     for (int i = 0; i < block.count; ++i) p.lse[lse_at(p, block, i)] = lse[i];
   } else {
     const int64_t rows = p.heads / p.kv_heads * block.sequence.queries, width = p.dim_v + 1;
@@ -146,10 +159,71 @@ LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block
     float* base = p.partial + (start + split * rows + block.first) * width;
     float* out[kLanes];
     for (int i = 0; i < block.count; ++i) out[i] = base + i * width;
-    unpack_lanes(s.o, block.count, p.dim_v, s.alpha, out);
+    unpack_lanes(s.o, steps, block.count, p.dim_v, s.alpha, out);
     for (int i = 0; i < block.count; ++i) out[i][p.dim_v] = lse[i];
   }
   return true;
+}
+
+// Probabilities of vector j's first `keys` keys, whose scores and pairs are `kRow` floats apart: in
+// place, or as pairs. m, l and alpha follow.
+template <bool kPairs, bool kNatural, int kRow>
+LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor, float* score,
+                                  [[maybe_unused]] float* pairs) {
+  const Vec before = load(s.m + j * W), top = load(s.top + j * W);
+  // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units: an
+  // additive mask may hold the lowest finite number, which times log2 e would be -inf.
+  const Vec m = reference(kNatural ? top : top * factor, before);
+  // Nothing seen yet: -inf - -inf would be NaN.
+  Vec shift = select(equal(before, set1(-kInf)), zero(), before);
+  Vec sum0 = load(s.l + j * W), sum1 = zero(), alpha = set1(1.0f);
+  // Seldom, and foreseen: the exponentials begin before the maximum is known.
+  if (__builtin_expect(mask_bits(equal(m, before)) != kAllLanes, 0)) {
+    shift = select(equal(m, set1(-kInf)), zero(), m);
+    const Vec fade = kNatural ? (before - shift) * factor : before - shift;
+    alpha = rescaling(before, exp2_softmax(fade));
+    sum0 = sum0 * alpha;
+    store(s.m + j * W, m);
+  }
+  store(s.alpha + j * W, alpha);
+  const Vec minus = zero() - shift;
+  const auto probability = [&](int k) __attribute__((always_inline)) {
+    const Vec x = load(score + k * kRow);
+    return exp2_softmax(kNatural ? (x - shift) * factor : fma(x, factor, minus));
+  };
+  // Dropout spares the normalizer: what is summed is not what multiplies V.
+  const auto kept = [&](int k, Vec x) __attribute__((always_inline)) {
+    if constexpr (!kNatural) return x;
+    return s.keep ? x * load(s.keep + k * kLanes + j * W) : x;
+  };
+  int k = 0;
+  _Pragma("GCC unroll 4") for (; k + 2 <= keys; k += 2) {
+    Vec a = probability(k), b = probability(k + 1);
+    sum0 = sum0 + a;
+    sum1 = sum1 + b;
+    a = kept(k, a), b = kept(k + 1, b);
+    if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+      store(pairs + k / 2 * kRow, make_pairs(a, b));
+#endif
+    } else {
+      store(score + k * kRow, a);
+      store(score + (k + 1) * kRow, b);
+    }
+  }
+  if (k < keys) {
+    Vec a = probability(k);
+    sum0 = sum0 + a;
+    a = kept(k, a);
+    if constexpr (kPairs) {
+#ifdef LLMOPS_HAS_DOT_PAIRS
+      store(pairs + k / 2 * kRow, make_pairs(a, zero()));
+#endif
+    } else {
+      store(score + k * kRow, a);
+    }
+  }
+  store(s.l + j * W, sum0 + sum1);
 }
 
 // f(key, keys) over [begin, end) of one split: blocks of equal size, so that the last one is not a
@@ -166,6 +240,45 @@ LLMOPS_INLINE void for_keys(const AttentionPlan& plan, int64_t split, int64_t be
   for (int64_t key = begin; key < end; key += step)
     f(key, static_cast<int>(min64(step, end - key)));
 }
+
+#ifdef LLMOPS_HAS_TILES
+// Several blocks of queries against the keys that they share: `forward` has as many `rows` and
+// `block`s, of which `count` are there, and takes keys by add_keys and finish. The tasks of the
+// other blocks have nothing left to do. Whether it could, as finish_rows.
+template <class T, Way kWay, bool kForm, class Forward>
+LLMOPS_INLINE bool run_shared(const AttentionParams& p, int64_t task, void* scratch, int shared,
+                              Forward& forward) {
+  const auto [group, index, part] = task_of(p, task);
+  if (index % shared) return true;
+  Arena arena{static_cast<char*>(scratch)};
+  forward.rows[0] = layout<T, kWay, kForm>(p, arena);
+  for (int i = 1; i < shared; ++i) {
+    forward.rows[i] = forward.rows[0];
+    layout_rows<kWay>(p, arena, forward.rows[i]);
+  }
+  int64_t begin = INT64_MAX, end = 0;
+  int& count = forward.count;
+  do {
+    QueryBlock& block = forward.block[count];
+    begin_block(p, group, index + count, block);
+    begin_rows<T, kWay, kForm>(p, block, forward.rows[count], part);
+    begin = min64(begin, block.begin), end = max64(end, block.end);
+    ++count;
+  } while (count < shared && index + count < forward.block[0].sequence.plan.blocks);
+
+  begin_tiles();
+  for_keys<kWay>(forward.block[0].sequence.plan, part, begin, end,
+                 [&](int64_t key, int keys) { forward.add_keys(key, keys); });
+  forward.finish();
+  end_tiles();
+  bool resolved = true;
+  for (int i = 0; i < count; ++i) {
+    resolved =
+        finish_rows<T, kWay, kForm>(p, forward.block[i], forward.rows[i], group, part) && resolved;
+  }
+  return resolved;
+}
+#endif
 
 }  // namespace
 }  // namespace llmops::cpu::LLMOPS_ISA

@@ -72,7 +72,7 @@ struct Softmax {
             vec % kPairVecs * kTileFloats;
     cells = seen->steps[vec / kPairVecs] * kSide;
     o = s.o + at;
-    row = mask_bits(equal(alpha, set1(1.0f))) == 0xffffu ? 0 : dim_v;
+    row = mask_bits(equal(alpha, set1(1.0f))) == kAllLanes ? 0 : dim_v;
     rows = (dim_v + cells - 1) / cells;
   }
   LLMOPS_BESIDE void begin(const Seen& of) {
@@ -289,44 +289,18 @@ struct SplitForward {
     }
     last = seen[n - 1], last_keys = keys;
   }
+  void finish() {
+    Nothing nothing;
+    if (last.most > 0) update(last, last_keys, nothing);
+  }
 };
 
-// Whether it could: false, and nothing written, where the plain form does not resolve a row. The
-// tasks of the three blocks that share the first one's keys have nothing left to do.
 template <bool kForm>
 bool run_split(const AttentionParams& p, int64_t task, void* scratch) {
-  const auto [group, index, part] = task_of(p, task);
-  if (index % kShared) return true;
-  Arena arena{static_cast<char*>(scratch)};
   SplitForward<kForm> forward{p, {}, {}, 0, {}, {}, 0, {}, {}};
   forward.vectors.softmax.factor = set1(kForm ? kLog2e : split_scale(p.scale).score * kLog2e);
   forward.vectors.softmax.dim_v = p.dim_v;
-  forward.rows[0] = layout<float, Way::split, kForm>(p, arena);
-  for (int i = 1; i < kShared; ++i) {
-    forward.rows[i] = forward.rows[0];
-    layout_rows<Way::split>(p, arena, forward.rows[i]);
-  }
-  int64_t begin = INT64_MAX, end = 0;
-  int& count = forward.count;
-  do {
-    QueryBlock& block = forward.block[count];
-    begin_block(p, group, index + count, block);
-    begin_rows<float, Way::split, kForm>(p, block, forward.rows[count], part);
-    begin = min64(begin, block.begin), end = max64(end, block.end);
-    ++count;
-  } while (count < kShared && index + count < forward.block[0].sequence.plan.blocks);
-
-  begin_tiles();
-  for_keys<Way::split>(forward.block[0].sequence.plan, part, begin, end,
-                       [&](int64_t key, int keys) { forward.add_keys(key, keys); });
-  Nothing nothing;
-  if (forward.last.most > 0) forward.update(forward.last, forward.last_keys, nothing);
-  end_tiles();
-  bool resolved = true;
-  for (int i = 0; i < count; ++i)
-    resolved =
-        finish_rows<float, kForm>(p, forward.block[i], forward.rows[i], group, part) && resolved;
-  return resolved;
+  return run_shared<float, Way::split, kForm>(p, task, scratch, kShared, forward);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 //
 // The tile loops exist twice, plain and modified. A modified block holds natural logits (scale
 // applied, -inf where dropped); a plain one holds raw q . k, the scale folded into the exponential.
-// Which modifiers change the scores is known to modify_scores alone, bit by bit; what narrows the
+// Which modifiers change the scores is known to begin_modifiers alone, bit by bit; what narrows the
 // keys (causal, a window) belongs to begin_block and costs the same in both forms.
 #pragma once
 #include "attention_tile.h"
@@ -225,13 +225,13 @@ LLMOPS_INLINE Scale split_scale(float scale) {
 
 enum : unsigned { kMasked = 1u << 0, kSoftcap = 1u << 1, kAlibi = 1u << 2, kRaw = 1u << 3 };
 
-// One vector of lanes, `visible` keys from `key` on: the modifiers that kBits names, in the
-// reference's order, then what the causal limit and the window hide. The lanes' maximum. slope, if
-// not null, receives the derivative of the soft cap.
+// One vector of lanes, `visible` keys from `key` on, their scores `row` floats apart: the modifiers
+// that kBits names, in the reference's order, then what the causal limit and the window hide. The
+// lanes' maximum. slope, if not null, receives the derivative of the soft cap.
 template <unsigned kBits>
 LLMOPS_OUTLINE Vec modify_lanes(const AttentionParams& p, const QueryBlock& block, int64_t key,
-                                int visible, int j, float* s, const float* bias, int bias_width,
-                                float* slope) {
+                                int visible, int j, float* s, int64_t row, const float* bias,
+                                int bias_width, float* slope) {
   float starts[W], limits[W], offsets[W] = {}, slopes[W] = {};
   bool cut_start = false, cut_end = false;
   for (int i = 0; i < W; ++i) {
@@ -253,7 +253,7 @@ LLMOPS_OUTLINE Vec modify_lanes(const AttentionParams& p, const QueryBlock& bloc
   const Vec cap = set1(p.softcap), into_cap = set1(split_scale(p.scale).score / p.softcap);
   Vec m = set1(-kInf);
   for (int k = 0; k < visible; ++k) {
-    float* cell = s + k * kLanes + j * W;
+    float* cell = s + k * row;
     const Vec at = set1(static_cast<float>(k));
     Vec x = load(cell);
     if constexpr ((kBits & kSoftcap) != 0) {
@@ -277,59 +277,66 @@ LLMOPS_OUTLINE Vec modify_lanes(const AttentionParams& p, const QueryBlock& bloc
   return m;
 }
 
-// Turns raw scores s [keys][64] of the keys from `key` on into natural logits (kModified), and
-// drops what the causal limit and the window hide. top, if not null: the lanes' maximum. Vectors
-// that see no key are left as they are.
+// What a block of keys is modified by: kMasked and its like, and the width of bias, which is
+// packed.
+struct Modifiers {
+  unsigned bits;
+  int width;
+};
+template <bool kForm>
+LLMOPS_INLINE Modifiers begin_modifiers(const AttentionParams& p, const QueryBlock& block,
+                                        int64_t key, int keys, const int* visible, float* bias) {
+  if (kForm == kPlain) return {kRaw, 0};
+  Modifiers m{(p.softcap != 0.0f ? kSoftcap : 0u) | (p.slopes ? kAlibi : 0u), 0};
+  if (p.mask_kind != ScoreMask::none) {
+    m.bits |= kMasked;
+    m.width = pack_mask(p, block, key, keys, visible, bias);
+  }
+  return m;
+}
+
+// Turns a vector's raw scores of the keys from `key` on into natural logits (kModified), and drops
+// what the causal limit and the window hide. Their maximum.
+template <bool kForm>
+LLMOPS_INLINE Vec modify_vector(const AttentionParams& p, const QueryBlock& block, int64_t key,
+                                Modifiers modifiers, int visible, int j, float* s, int64_t row,
+                                const float* bias, float* slope) {
+  const auto apply = [&](auto known) {
+    return modify_lanes<static_cast<unsigned>(known.value)>(p, block, key, visible, j, s, row, bias,
+                                                            modifiers.width, slope);
+  };
+  if constexpr (kForm == kPlain) return apply(Constant<kRaw>{});
+  switch (modifiers.bits) {
+    case 0:
+      return apply(Constant<0>{});
+    case 1:
+      return apply(Constant<1>{});
+    case 2:
+      return apply(Constant<2>{});
+    case 3:
+      return apply(Constant<3>{});
+    case 4:
+      return apply(Constant<4>{});
+    case 5:
+      return apply(Constant<5>{});
+    case 6:
+      return apply(Constant<6>{});
+    default:
+      return apply(Constant<7>{});
+  }
+}
+
+// The same for scores s [keys][64]. top, if not null: the lanes' maximum. Vectors that see no key
+// are left as they are.
 template <bool kForm>
 LLMOPS_OUTLINE void modify_scores(const AttentionParams& p, const QueryBlock& block, int64_t key,
                                   int keys, const int* visible, float* s, float* bias, float* top,
                                   float* slope) {
-  unsigned bits = kForm == kPlain ? kRaw : 0u;
-  int width = 0;
-  if (kForm == kModified) {
-    if (p.softcap != 0.0f) bits |= kSoftcap;
-    if (p.slopes) bits |= kAlibi;
-    if (p.mask_kind != ScoreMask::none) {
-      bits |= kMasked;
-      width = pack_mask(p, block, key, keys, visible, bias);
-    }
-  }
+  const Modifiers modifiers = begin_modifiers<kForm>(p, block, key, keys, visible, bias);
   for (int j = 0; j < block.vecs; ++j) {
     if (visible[j] == 0) continue;
-    const auto apply = [&](auto known) {
-      return modify_lanes<static_cast<unsigned>(known.value)>(p, block, key, visible[j], j, s, bias,
-                                                              width, slope);
-    };
-    Vec m = zero();
-    if constexpr (kForm == kPlain) {
-      m = apply(Constant<kRaw>{});
-    } else {
-      switch (bits) {
-        case 0:
-          m = apply(Constant<0>{});
-          break;
-        case 1:
-          m = apply(Constant<1>{});
-          break;
-        case 2:
-          m = apply(Constant<2>{});
-          break;
-        case 3:
-          m = apply(Constant<3>{});
-          break;
-        case 4:
-          m = apply(Constant<4>{});
-          break;
-        case 5:
-          m = apply(Constant<5>{});
-          break;
-        case 6:
-          m = apply(Constant<6>{});
-          break;
-        default:
-          m = apply(Constant<7>{});
-      }
-    }
+    const Vec m = modify_vector<kForm>(p, block, key, modifiers, visible[j], j, s + j * W, kLanes,
+                                       bias, slope);
     if (top) store(top + j * W, m);
   }
 }

@@ -41,6 +41,13 @@ LLMOPS_INLINE Way way_of(const AttentionParams& p) {
   return kHasTiles && active_isa() == Isa::amx ? Way::tiles : Way::pairs;
 }
 
+// Floats from a row of a vector's lanes to the next, and from a vector's first row to the next
+// one's: 64 lanes lie side by side, or each vector's rows by themselves.
+struct LaneSteps {
+  int64_t row, vec;
+};
+constexpr LaneSteps kSideBySide{kLanes, W};
+
 // Called once per block: inlining these everywhere would cost minutes of compiling.
 #define LLMOPS_OUTLINE __attribute__((noinline))
 
@@ -273,15 +280,15 @@ LLMOPS_OUTLINE void pack_lanes(const T* const* row, int count, int64_t dim, floa
 
 // The reverse: row[i][d] = in[d][i] * factor[i], zero where the factor is.
 template <class T>
-LLMOPS_OUTLINE void unpack_lanes(const float* in, int count, int64_t dim, const float* factor,
-                                 T* const* row) {
-  for (int a = 0; a < count; a += W) {
+LLMOPS_OUTLINE void unpack_lanes(const float* in, LaneSteps steps, int count, int64_t dim,
+                                 const float* factor, T* const* row) {
+  for (int a = 0; a < count; a += W, in += steps.vec) {
     const Vec f = load(factor + a);
     const Mask none = equal(f, zero());
     for (int64_t d = 0; d < dim; d += W) {
       Vec r[W];
       LLMOPS_UNROLL for (int i = 0; i < W; ++i) {
-        r[i] = d + i < dim ? select(none, zero(), load(in + (d + i) * kLanes + a) * f) : zero();
+        r[i] = d + i < dim ? select(none, zero(), load(in + (d + i) * steps.row) * f) : zero();
       }
       transpose(r);
       if (a + W <= count && d + W <= dim) {
@@ -306,8 +313,8 @@ LLMOPS_OUTLINE void widen_rows(const T* in, int64_t stride, int64_t rows, int64_
 #ifdef LLMOPS_HAS_DOT_PAIRS
 // As pack_lanes, two dimensions to a cell: out [round_up(dim / 2, 16)][64].
 [[maybe_unused]] LLMOPS_OUTLINE void pack_lane_pairs(const bf16* const* row, int count, int64_t dim,
-                                                     bool negate, float* out) {
-  for (int a = 0; a < count; a += W) {
+                                                     bool negate, LaneSteps steps, float* out) {
+  for (int a = 0; a < count; a += W, out += steps.vec) {
     for (int64_t d = 0; d < dim; d += 2 * W) {
       Vec r[W];
       for (int i = 0; i < W; ++i) {
@@ -315,7 +322,7 @@ LLMOPS_OUTLINE void widen_rows(const T* in, int64_t stride, int64_t rows, int64_
         if (negate) r[i] = flip_pair_signs(r[i]);
       }
       transpose(r);
-      LLMOPS_UNROLL for (int i = 0; i < W; ++i) store(out + (d / 2 + i) * kLanes + a, r[i]);
+      LLMOPS_UNROLL for (int i = 0; i < W; ++i) store(out + (d / 2 + i) * steps.row, r[i]);
     }
   }
 }

@@ -109,10 +109,15 @@ LLMOPS_INLINE Vec round(Vec a) {
 // p * 2^n for integer-valued n, with correct overflow, underflow and NaN.
 LLMOPS_INLINE Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 
-// The same for p near 1; 0 where n is below -126, -inf included.
-LLMOPS_INLINE Vec scale_by_small_power(Vec p, Vec n) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(normal, p.v, n.v)};
+// p * 2^floor(x) for p near 1; 0 where x is below -126, -inf included.
+LLMOPS_INLINE Vec scale_by_small_power(Vec p, Vec x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, p.v, x.v)};
+}
+// x - floor(x), and 0 of an infinity: with it 2^x = 2^floor(x) 2^r for 0 <= r < 1, without the
+// instructions that round to n and take it off.
+LLMOPS_INLINE Vec fraction(Vec x) {
+  return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 }
 
 // Lanes whose index is at least `bound`.

@@ -37,7 +37,17 @@ LLMOPS_INLINE Vec exp2(Vec x) {
 // below 1.7e-7 (1.95e-7 without fma) down to 2^-126; smaller results decay to exactly 0 at x <=
 // -127, which is what a masked logit of -inf must give; NaN gives NaN.
 LLMOPS_INLINE Vec exp2_softmax(Vec x) {
-  if constexpr (W < 16) x = max(set1(-127.0f), x);  // n is held to its range there
+#if defined(__AVX512F__)
+  const Vec r = fraction(x);
+  Vec p = set1(1.86713013e-3f);
+  p = fma(p, r, set1(9.01702978e-3f));
+  p = fma(p, r, set1(5.57999127e-2f));
+  p = fma(p, r, set1(2.40164444e-1f));
+  p = fma(p, r, set1(6.93151295e-1f));
+  p = fma(p, r, set1(1.0f));
+  return scale_by_small_power(p, x);
+#else
+  x = max(set1(-127.0f), x);  // n is held to its range there
   const Vec n = round(x), r = x - n;
   Vec p = set1(1.32647273e-3f);
   p = fma(p, r, set1(9.67151299e-3f));
@@ -46,6 +56,7 @@ LLMOPS_INLINE Vec exp2_softmax(Vec x) {
   p = fma(p, r, set1(6.93147004e-1f));
   p = fma(p, r, set1(1.0f));
   return scale_by_small_power(p, n);
+#endif
 }
 
 // exp(x) = 2^(x log2 e), the product split in two so that its rounding does not show: one fp32

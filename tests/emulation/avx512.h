@@ -189,6 +189,15 @@ LLMOPS_EMULATED __m512 _mm512_roundscale_ps(__m512 a, int imm) {
   if (imm >> 4) __builtin_trap();
   return {_mm256_round_ps(a.low, imm), _mm256_round_ps(a.high, imm)};
 }
+// a less its rounding to an integer; 0 of an infinity.
+LLMOPS_EMULATED __m512 _mm512_reduce_ps(__m512 a, int imm) {
+  using namespace llmops_emulation;
+  if (imm >> 4) __builtin_trap();
+  const Lanes<float> x = lanes<float>(a), whole = lanes<float>(_mm512_roundscale_ps(a, imm));
+  Lanes<float> out;
+  for (int i = 0; i < 16; ++i) out.at[i] = __builtin_isinf(x.at[i]) ? 0.0f : x.at[i] - whole.at[i];
+  return wide(out);
+}
 LLMOPS_EMULATED __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
   using namespace llmops_emulation;
   return wide(_mm256_slli_epi32(as_int(a.low), static_cast<int>(n)),
