@@ -187,8 +187,8 @@ LLMOPS_INLINE Cells tile_rows(const bf16* in, int64_t stride, int rows, int64_t 
 
 // out [dim up to the next 32nd][cells]: cell (d, i) is (in[2i][d], in[2i + 1][d]), for keys up to
 // the next 32nd; zeros where there are none.
-LLMOPS_OUTLINE void transpose_rows(const bf16* in, int64_t stride, int rows, int64_t dim,
-                                   float* out, int64_t cells) {
+[[maybe_unused]] LLMOPS_OUTLINE void transpose_rows(const bf16* in, int64_t stride, int rows,
+                                                    int64_t dim, float* out, int64_t cells) {
   const auto row = [&](int i, int64_t d) __attribute__((always_inline)) {
     return i < rows ? load_pairs_n(in + i * stride + d, clamp_int(dim - d, 0, kDepth)) : zero();
   };

@@ -4,10 +4,11 @@
 // Memory is what costs here, so each row of K and of V is read once, in long runs: first the scores
 // of up to 1024 keys, then their softmax, then V. The head dimension runs along the lanes. Scores:
 // W dot products at once, W / R keys by R rows, summed up by one W x W reduction. Values: R x 4
-// accumulators over 64 keys at a time. bf16 scores multiply in pairs (vdpbf16ps) where possible.
-// (D + Dv) * element size bytes per key.
+// accumulators over 64 keys at a time. bf16 multiplies in pairs (vdpbf16ps) where possible; where
+// AMX is, one row does, and the scores of several are tiles. (D + Dv) * element size bytes per key.
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_score.h"
 #include "attention_tile.h"
 #include "dot_tile.h"
@@ -19,11 +20,18 @@ namespace {
 constexpr int kRun = 1024;      // keys whose scores are held
 constexpr int kValueKeys = 64;  // keys of V that all rows and columns go over while in cache
 constexpr int kAheadKeys = 32;  // measured (benchmarks/NOTES.md)
+constexpr int kTileKeys = 32;   // keys of a product by AMX
 constexpr int kRows = static_cast<int>(kAttentionDecodeRows);
 constexpr int kRowTile = W == 1 ? 1 : 4;
 
+// How products are summed: in fp32, bf16 in pairs, or the scores of several rows by AMX and their
+// values in fp32.
+enum class Sums { widened, pairs, tiles };
+
 struct Scratch {
   float* q;  // [kRows][padded D], or bf16
+  // By AMX: the same as pairs [padded D / 2][16]; scores [kTileKeys][16]; keys that fill no tile.
+  float *q_lanes, *tile, *k;
   float* s;  // [kRows][kRun]
   float* o;  // [kRows][padded Dv]
   float m[kRows], l[kRows];
@@ -35,6 +43,11 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   s.q = arena.take<float>(kRows * padded(p.dim));
   s.s = arena.take<float>(kRows * kRun + W);
   s.o = arena.take<float>(kRows * padded(p.dim_v));
+  if (kHasTiles) {
+    s.q_lanes = arena.take<float>(padded(p.dim) / 2 * W);
+    s.tile = arena.take<float>(kTileKeys * W);
+    s.k = arena.take<float>(kTileKeys * padded(p.dim) / 2);
+  }
   return s;
 }
 
@@ -76,6 +89,30 @@ LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim,
       score_keys<T, kPairs, R>(key, keys - i, dim, q + r * ldq, ldq, s + r * kRun + i);
   }
 }
+
+#ifdef LLMOPS_HAS_TILES
+// The same by AMX, 16 keys by up to 16 rows to a tile of scores, which is then turned.
+[[maybe_unused]] LLMOPS_OUTLINE void score_tiles(const bf16* k, int64_t stride, int keys,
+                                                 int64_t dim, int rows, const Scratch& s,
+                                                 float* out) {
+  for (int i = 0; i < keys; i += kTileKeys, k += kTileKeys * stride) {
+    const int n = keys - i < kTileKeys ? keys - i : kTileKeys;
+    const Cells a = tile_rows(k, stride, n, dim, s.k);
+    column_products(a.base, a.row, (n + kSide - 1) / kSide, s.q_lanes, padded(dim) / kDepth, s.tile,
+                    false);
+    for (int t = 0; t < n; t += W) {
+      for (int j = 0; j < W && i + kTileKeys + t + j < keys; ++j)
+        fetch(k + (kTileKeys + t + j) * stride, dim * 2);
+      Vec r[W];
+      LLMOPS_UNROLL for (int j = 0; j < W; ++j) r[j] = load(s.tile + (t + j) * W);
+      transpose(r);
+      LLMOPS_UNROLL for (int j = 0; j < kRows; ++j) {
+        if (j < rows) store_some(out + j * kRun + i + t, r[j], n - t);
+      }
+    }
+  }
+}
+#endif
 
 // o [R][ldo] += weights s [R][keys] times v [keys][NV vectors], the last one of `tail` lanes.
 template <class T, int R, int NV, bool kTail>
@@ -253,8 +290,9 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
 }
 
 // Whether it could: false, and nothing written, where the plain form does not resolve a row.
-template <class T, bool kPairs, bool kForm>
+template <class T, Sums kSums, bool kForm>
 LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
+  constexpr bool kPairs = kSums != Sums::widened;  // as which q is held
   Arena arena{static_cast<char*>(scratch)};
   Scratch s = layout(p, arena);
   const auto [group, index, split] = task_of(p, task);
@@ -284,6 +322,14 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
     }
   }
 
+#ifdef LLMOPS_HAS_TILES
+  if constexpr (kSums == Sums::tiles) {
+    const bf16* q[kRows];
+    for (int r = 0; r < kRows; ++r) q[r] = reinterpret_cast<const bf16*>(s.q + r * ldq);
+    pack_lane_pairs(q, kRows, dim, false, {W, 0}, s.q_lanes);
+    begin_tiles();
+  }
+#endif
   if (kForm && p.sinks && split == 0) {  // a key of weight exp(sink) and value 0, seen first
     for (int r = 0; r < block.count; ++r) {
       s.m[r] = p.sinks[block.head[r]];
@@ -300,6 +346,12 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
     for (int i = 0; i < keys; i += run.count) {
       run = key_run<T>(p, block, p.k, p.k_stride, key + i, keys - i);
       const auto [k, stride, count] = run;
+#ifdef LLMOPS_HAS_TILES
+      if constexpr (kSums == Sums::tiles) {
+        score_tiles(k, stride, count, p.dim, block.count, s, s.s + i);
+        continue;
+      }
+#endif
       if (block.count == 1 || W == 1) {
         score_run<T, kPairs, 1>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
       } else if (block.count == 2) {
@@ -311,11 +363,14 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
     for (int r = 0; r < block.count; ++r) softmax_row<kForm>(p, block, s, r, key, keys);
     for (int i = 0; i < keys; i += run.count) {
       run = key_run<T>(p, block, p.v, p.v_stride, key + i, keys - i);
-      value_run<T, kPairs>(run.first, run.stride, run.count, p.dim_v, block.count, s.s + i, s.o,
-                           dim_v);
+      value_run<T, kSums == Sums::pairs>(run.first, run.stride, run.count, p.dim_v, block.count,
+                                         s.s + i, s.o, dim_v);
     }
   }
 
+#ifdef LLMOPS_HAS_TILES
+  if (kSums == Sums::tiles) end_tiles();
+#endif
   const int64_t rows = block.count, width = p.dim_v + 1;
   if constexpr (!kForm) {
     for (int r = 0; r < rows; ++r)
@@ -342,10 +397,10 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
   return true;
 }
 
-template <class T, bool kPairs>
+template <class T, Sums kSums>
 LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratch) {
-  if (is_modified(p) || !run<T, kPairs, kPlain>(p, task, scratch))
-    run<T, kPairs, kModified>(p, task, scratch);
+  if (is_modified(p) || !run<T, kSums, kPlain>(p, task, scratch))
+    run<T, kSums, kModified>(p, task, scratch);
 }
 
 }  // namespace
@@ -357,12 +412,14 @@ int64_t attention_decode_scratch(const AttentionParams& p) {
 }
 
 void attention_decode(const AttentionParams& p, int64_t task, void* scratch) {
-  // Where AMX is, pairs are slower than what they save in widening: 0.9 of the rate.
-  if (kHasPairs && p.type == DType::bf16 && active_isa() != Isa::amx) {
-    dispatch<bf16, kHasPairs>(p, task, scratch);
-    return;
+  if constexpr (kHasPairs) {
+    if (p.type == DType::bf16) {
+      if (kHasTiles && active_isa() == Isa::amx && p.heads / p.kv_heads * p.queries > 1)
+        return dispatch<bf16, kHasTiles ? Sums::tiles : Sums::pairs>(p, task, scratch);
+      return dispatch<bf16, Sums::pairs>(p, task, scratch);
+    }
   }
-  LLMOPS_DISPATCH(p.type, T, (dispatch<T, false>(p, task, scratch)));
+  LLMOPS_DISPATCH(p.type, T, (dispatch<T, Sums::widened>(p, task, scratch)));
 }
 
 }  // namespace llmops::cpu::LLMOPS_ISA
