@@ -58,6 +58,7 @@ LLMOPS_INLINE void score_keys(const T* const* key, int count, int64_t dim, const
   constexpr int K = W / R;
   Vec acc[W];
   dot_tile<T, kPairs, R>(key, dim, q, ldq, acc);
+  if constexpr (R == 1) return store_some(s, reduce_each(acc), count);
   float sums[W];
   store(sums, reduce_each(acc));
   LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
