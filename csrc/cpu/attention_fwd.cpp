@@ -59,9 +59,10 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   if (kForm && s.keep) dropout_weights(p, block, key, visible, s.keep);
   const Vec factor = set1(kNatural ? kLog2e : split_scale(p.scale).score * kLog2e);
   for (int j = 0; j < block.vecs; ++j) {
-    if (visible[j] > 0)
-      softmax_lanes<kPairs, kNatural, kLanes>(s, j, visible[j], factor, s.s + j * W,
-                                              s.pairs + j * W);
+    if (visible[j] == 0) continue;
+    const Vec alpha = softmax_lanes<kPairs, kNatural, kLanes>(
+        s, j, visible[j], factor, load(s.top + j * W), s.s + j * W, s.pairs + j * W);
+    store(s.alpha + j * W, alpha);
   }
 
   Cells v_cells = cells(v.first, 4, v.stride * 4);

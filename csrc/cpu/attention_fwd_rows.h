@@ -166,11 +166,11 @@ LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block
 }
 
 // Probabilities of vector j's first `keys` keys, whose scores and pairs are `kRow` floats apart: in
-// place, or as pairs. m, l and alpha follow.
+// place, or as pairs. m and l follow; what O is to be multiplied by. top: the scores' maximum.
 template <bool kPairs, bool kNatural, int kRow>
-LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor, float* score,
-                                  [[maybe_unused]] float* pairs) {
-  const Vec before = load(s.m + j * W), top = load(s.top + j * W);
+LLMOPS_OUTLINE Vec softmax_lanes(const Scratch& s, int j, int keys, Vec factor, Vec top,
+                                 float* score, [[maybe_unused]] float* pairs) {
+  const Vec before = load(s.m + j * W);
   // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units: an
   // additive mask may hold the lowest finite number, which times log2 e would be -inf.
   const Vec m = reference(kNatural ? top : top * factor, before);
@@ -185,7 +185,6 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor,
     sum0 = sum0 * alpha;
     store(s.m + j * W, m);
   }
-  store(s.alpha + j * W, alpha);
   const Vec minus = zero() - shift;
   const auto probability = [&](int k) __attribute__((always_inline)) {
     const Vec x = load(score + k * kRow);
@@ -224,6 +223,7 @@ LLMOPS_OUTLINE void softmax_lanes(const Scratch& s, int j, int keys, Vec factor,
     }
   }
   store(s.l + j * W, sum0 + sum1);
+  return alpha;
 }
 
 // f(key, keys) over [begin, end) of one split: blocks of equal size, so that the last one is not a

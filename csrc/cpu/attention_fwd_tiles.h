@@ -49,14 +49,14 @@ struct TiledForward {
       if (seen == 0) continue;
       column_products(k.base, k.row, (seen + kSide - 1) / kSide, s.q + j * (dim / 2 * W),
                       dim / kDepth, s.s, false);
-      store(s.top + j * W,
-            cut ? modify_vector<kForm>(p, of, key, modifiers, seen, j, s.s, W, s.bias, nullptr)
-                : max_of_rows(s.s, seen));
-      softmax_lanes<true, kForm, W>(s, j, seen, factor, s.s, s.pairs);
+      const Vec top =
+          cut ? modify_vector<kForm>(p, of, key, modifiers, seen, j, s.s, W, s.bias, nullptr)
+              : max_of_rows(s.s, seen);
+      const Vec alpha = softmax_lanes<true, kForm, W>(s, j, seen, factor, top, s.s, s.pairs);
       for (int i = (seen + 1) / 2; i < round_up(seen, kDepth) / 2; ++i)
         store(s.pairs + i * W, zero());
       float* const o = s.o + j * (dim_v * W);
-      rescale(o, load(s.alpha + j * W));
+      rescale(o, alpha);
       column_products(reinterpret_cast<const char*>(s.v), kKeys<Way::tiles> * 2,
                       (p.dim_v + kSide - 1) / kSide, s.pairs, (seen + kDepth - 1) / kDepth, o,
                       true);
