@@ -172,10 +172,11 @@ LLMOPS_INLINE void for_vectors(int vecs, const int* visible, int keys, const F& 
   });
 }
 
-// Rows as an operand: as they lie where whole tiles do, else a copy up to the next 16th row and the
-// next 32nd column, zeros where none are.
-LLMOPS_INLINE Cells tile_rows(const bf16* in, int64_t stride, int rows, int64_t dim, float* copy) {
-  if (rows % kSide == 0 && dim % kDepth == 0) return cells(in, stride * 2, 4);
+// Rows as an operand: as they lie where they may and whole tiles do, else a copy up to the next
+// 16th row and the next 32nd column, zeros where none are.
+LLMOPS_INLINE Cells tile_rows(const bf16* in, int64_t stride, int rows, int64_t dim, float* copy,
+                              bool as_they_lie = true) {
+  if (as_they_lie && rows % kSide == 0 && dim % kDepth == 0) return cells(in, stride * 2, 4);
   const int64_t width = round_up(dim, kDepth) / 2;
   for (int i = 0; i < round_up(rows, kSide); ++i) {
     for (int64_t d = 0; d < dim; d += kDepth)

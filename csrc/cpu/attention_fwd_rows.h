@@ -167,9 +167,11 @@ LLMOPS_INLINE bool finish_rows(const AttentionParams& p, const QueryBlock& block
 
 // Probabilities of vector j's first `keys` keys, whose scores and pairs are `kRow` floats apart: in
 // place, or as pairs. m and l follow; what O is to be multiplied by. top: the scores' maximum.
+// Lines from `ahead` on are asked for, so many with each two keys.
 template <bool kPairs, bool kNatural, int kRow>
 LLMOPS_OUTLINE Vec softmax_lanes(const Scratch& s, int j, int keys, Vec factor, Vec top,
-                                 float* score, [[maybe_unused]] float* pairs) {
+                                 float* score, [[maybe_unused]] float* pairs,
+                                 const float* ahead = nullptr, int lines = 0) {
   const Vec before = load(s.m + j * W);
   // Plain blocks keep m in units of log2 (factor applied), modified ones in natural units: an
   // additive mask may hold the lowest finite number, which times log2 e would be -inf.
@@ -197,6 +199,7 @@ LLMOPS_OUTLINE Vec softmax_lanes(const Scratch& s, int j, int keys, Vec factor, 
   };
   int k = 0;
   _Pragma("GCC unroll 4") for (; k + 2 <= keys; k += 2) {
+    for (int i = 0; i < lines; ++i, ahead += W) __builtin_prefetch(ahead, 1);
     Vec a = probability(k), b = probability(k + 1);
     sum0 = sum0 + a;
     sum1 = sum1 + b;

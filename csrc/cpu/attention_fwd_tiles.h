@@ -28,7 +28,8 @@ struct TiledForward {
         key_rows(p, block[0], p.k, p.k_stride, key, keys, p.dim, static_cast<bf16*>(s.k_page));
     const KeyRows<bf16> v =
         key_rows(p, block[0], p.v, p.v_stride, key, keys, p.dim_v, static_cast<bf16*>(s.v_page));
-    const Cells a = tile_rows(k.first, k.stride, keys, p.dim, s.k);
+    // Rows of tokens far apart would fall on few sets of the first-level cache.
+    const Cells a = tile_rows(k.first, k.stride, keys, p.dim, s.k, k.stride == p.dim);
     transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys<Way::tiles> / 2);
     for (int i = 0; i < count; ++i) {
       if (key < block[i].end && key + keys > block[i].begin)
@@ -52,10 +53,11 @@ struct TiledForward {
       const Vec top =
           cut ? modify_vector<kForm>(p, of, key, modifiers, seen, j, s.s, W, s.bias, nullptr)
               : max_of_rows(s.s, seen);
-      const Vec alpha = softmax_lanes<true, kForm, W>(s, j, seen, factor, top, s.s, s.pairs);
+      float* const o = s.o + j * (dim_v * W);  // from the second level
+      const Vec alpha = softmax_lanes<true, kForm, W>(s, j, seen, factor, top, s.s, s.pairs, o,
+                                                      static_cast<int>(dim_v / kDepth));
       for (int i = (seen + 1) / 2; i < round_up(seen, kDepth) / 2; ++i)
         store(s.pairs + i * W, zero());
-      float* const o = s.o + j * (dim_v * W);
       rescale(o, alpha);
       column_products(reinterpret_cast<const char*>(s.v), kKeys<Way::tiles> * 2,
                       (p.dim_v + kSide - 1) / kSide, s.pairs, (seen + kDepth - 1) / kDepth, o,
