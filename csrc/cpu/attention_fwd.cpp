@@ -102,26 +102,26 @@ LLMOPS_INLINE void dispatch(const AttentionParams& p, int64_t task, void* scratc
 }  // namespace
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {
-  Arena widened{nullptr}, paired{nullptr};
-  if (p.type == DType::f32) {
+  Arena widened{nullptr}, paired{nullptr}, tiled{nullptr};
+  const bool single = p.type == DType::f32;
+  if (single) {
     layout<float, Way::widened, kModified>(p, widened);
-#ifdef LLMOPS_HAS_TILES
-    layout<float, Way::split, kModified>(p, paired);
-    Scratch other{};
-    for (int i = 1; i < kShared; ++i) layout_rows<Way::split>(p, paired, other);
-#endif
   } else {
     layout<bf16, Way::widened, kModified>(p, widened);
-#ifdef LLMOPS_HAS_TILES
-    layout<bf16, Way::tiles, kModified>(p, paired);
-    Scratch other{};
-    for (int i = 1; i < kShared; ++i) layout_rows<Way::tiles>(p, paired, other);
-#else
     layout<bf16, Way::pairs, kModified>(p, paired);
-#endif
   }
-  return max64(widened.next - static_cast<char*>(nullptr),
-               paired.next - static_cast<char*>(nullptr));
+#ifdef LLMOPS_HAS_TILES
+  Scratch other{};
+  if (single) {
+    layout<float, Way::split, kModified>(p, tiled);
+    for (int i = 1; i < kShared; ++i) layout_rows<Way::split>(p, tiled, other);
+  } else {
+    layout<bf16, Way::tiles, kModified>(p, tiled);
+    for (int i = 1; i < kShared; ++i) layout_rows<Way::tiles>(p, tiled, other);
+  }
+#endif
+  const auto bytes = [](const Arena& arena) { return arena.next - static_cast<char*>(nullptr); };
+  return max64(bytes(widened), max64(bytes(paired), bytes(tiled)));
 }
 
 void attention_fwd(const AttentionParams& p, int64_t task, void* scratch) {
