@@ -38,25 +38,19 @@ LLMOPS_INLINE Vec exp2(Vec x) {
 // -127, which is what a masked logit of -inf must give; NaN gives NaN.
 LLMOPS_INLINE Vec exp2_softmax(Vec x) {
 #if defined(__AVX512F__)
-  const Vec r = fraction(x);
-  Vec p = set1(1.86713013e-3f);
-  p = fma(p, r, set1(9.01702978e-3f));
-  p = fma(p, r, set1(5.57999127e-2f));
-  p = fma(p, r, set1(2.40164444e-1f));
-  p = fma(p, r, set1(6.93151295e-1f));
-  p = fma(p, r, set1(1.0f));
-  return scale_by_small_power(p, x);
+  // 2^floor(x) 2^r, 0 <= r < 1. Without fma that rounds worse than |r| <= 1/2.
+  constexpr float kTerms[] = {1.86713013e-3f, 9.01702978e-3f, 5.57999127e-2f,
+                              2.40164444e-1f, 6.93151295e-1f, 1.0f};
+  const Vec n = x, r = fraction(x);
 #else
+  constexpr float kTerms[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f,
+                              2.40222424e-1f, 6.93147004e-1f, 1.0f};
   x = max(set1(-127.0f), x);  // n is held to its range there
   const Vec n = round(x), r = x - n;
-  Vec p = set1(1.32647273e-3f);
-  p = fma(p, r, set1(9.67151299e-3f));
-  p = fma(p, r, set1(5.55073358e-2f));
-  p = fma(p, r, set1(2.40222424e-1f));
-  p = fma(p, r, set1(6.93147004e-1f));
-  p = fma(p, r, set1(1.0f));
-  return scale_by_small_power(p, n);
 #endif
+  Vec p = set1(kTerms[0]);
+  LLMOPS_UNROLL for (int i = 1; i < 6; ++i) p = fma(p, r, set1(kTerms[i]));
+  return scale_by_small_power(p, n);
 }
 
 // exp(x) = 2^(x log2 e), the product split in two so that its rounding does not show: one fp32
