@@ -212,6 +212,24 @@ def test_attention_of_long_sequences(target: Target, dtype: torch.dtype) -> None
                 assert_close(g, o, y, factor=2.0, what=name, eps=eps)
 
 
+@pytest.mark.parametrize("target", [t for t in targets("attention") if t.backend == "cpu"], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_attention_of_blocks_that_share_keys(target: Target, dtype: torch.dtype) -> None:
+    """So many blocks of queries that four read a block of keys together (AMX), some of them of two
+    heads; their tokens far apart."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((1, 515, 8, 64), (1, 530, 2, 64), (1, 530, 2, 32))
+    q, k, v = (torch.randn(*s, generator=generator).to(dtype).transpose(1, 2) for s in shapes)
+    for window in (None, (70, 0)):
+        arguments = {"causal": True, "window": window}
+        exact = reference.attention(q.double(), k.double(), v.double(), **arguments)
+        theirs = torch_attention(q, k, v, **arguments)
+        with target.active():
+            got = llmops.attention(q, k, v, backend=target.backend, **arguments)
+        assert isinstance(got, Tensor)
+        assert_close(got, exact, theirs, factor=2.0, what=f"out, window {window}")
+
+
 @TARGETS
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_attention_of_scores_that_grow(target: Target, dtype: torch.dtype) -> None:

@@ -2,7 +2,8 @@
 //
 // B is what vdpbf16ps takes as well: queries and probabilities in lanes, pairs in a cell, or rows
 // of queries in pairs. A are K's and V's rows as they lie, V and K transposed, and P and dS by key.
-// Tiles are 16 by 16, two by two of them at a time, so that each that is loaded is used twice.
+// Tiles are 16 by 16. Two by two of them at a time each that is loaded is used twice; four above
+// each other belong to one vector of queries, whose arrays then stay in the first-level cache.
 #pragma once
 #include "attention_tile.h"
 
@@ -112,19 +113,6 @@ LLMOPS_INLINE void column_products(const char* a, int64_t row_bytes, int64_t til
                               out + i * kSide * kSide, add);
     });
   }
-}
-
-// The lanes' maximum over rows [keys][16].
-LLMOPS_INLINE Vec max_of_rows(const float* s, int keys) {
-  // Four at a time, side by side: one after the other each waits for the one before.
-  Vec m[4];
-  LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = set1(-kInf);
-  int r = 0;
-  for (; r + 4 <= keys; r += 4) {
-    LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = max(load(s + (r + k) * W), m[k]);
-  }
-  for (; r < keys; ++r) m[0] = max(load(s + r * W), m[0]);
-  return max(max(m[0], m[1]), max(m[2], m[3]));
 }
 
 // f(first vector, how many) of pairs of vectors that see more than `keys`; visible is not

@@ -15,6 +15,19 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
+// The lanes' maximum over rows [keys][16].
+LLMOPS_INLINE Vec max_of_rows(const float* s, int keys) {
+  // Four at a time, side by side: one after the other each waits for the one before.
+  Vec m[4];
+  LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = set1(-kInf);
+  int r = 0;
+  for (; r + 4 <= keys; r += 4) {
+    LLMOPS_UNROLL for (int k = 0; k < 4; ++k) m[k] = max(load(s + (r + k) * W), m[k]);
+  }
+  for (; r < keys; ++r) m[0] = max(load(s + r * W), m[0]);
+  return max(max(m[0], m[1]), max(m[2], m[3]));
+}
+
 template <bool kForm>
 struct TiledForward {
   const AttentionParams& p;
