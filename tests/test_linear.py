@@ -37,7 +37,7 @@ def test_linear_bits_do_not_depend_on_threads(target: Target, dtype: torch.dtype
     before = torch.get_num_threads()
     weight, bias = torch.randn(1031, 1100).to(dtype), torch.randn(1031).to(dtype)
     try:
-        for rows in (1, 2, 7, 130):
+        for rows in (1, 2, 7, 13, 30, 47, 50, 130):
             x = torch.randn(rows, 1100).to(dtype)
             found = []
             for threads in (1, 2, 3):
@@ -64,6 +64,7 @@ def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None
         (130, 513, 1030),
         (300, 70, 3),
         (40, 1700, 70),
+        (530, 800, 70),
     ]
     for m, k, n in shapes:
         for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(2 * m, 2 * k)[::2, ::2]):
@@ -149,7 +150,7 @@ def test_linear_of_many_rows_and_its_gradients(target: Target) -> None:
         x, bias, grad = torch.randn(2, 150, 70), torch.randn(130), torch.randn(2, 150, 130)
         leaves = [t.requires_grad_() for t in (x, weight, bias)]
         assert target.isa is not None
-        own = torch.float32 in cpu.LINEAR_MANY.get(target.isa, ())
+        own = cpu.LINEAR_AHEAD[target.isa].get(torch.float32) == cpu.ANY_ROWS
         with target.active():
             found = llmops.explain("linear", *leaves)
             assert (found.backend == "cpu") == own
@@ -205,7 +206,7 @@ def test_linear_auto_follows_the_table(target: Target, dtype: torch.dtype) -> No
     assert target.isa is not None
     ahead = cpu.LINEAR_AHEAD[target.isa].get(dtype, 0)
     with target.active():
-        for rows in (1, 8, 9, 16, 17, 128, 129):
+        for rows in (1, 8, 9, 64, 65, 128, 129):
             x = torch.randn(rows, 20).to(dtype)
             ours = rows <= ahead
             found = llmops.explain("linear", x, weight)

@@ -1,7 +1,7 @@
 // linear: x W^T + b as a raw operator, by one kernel for few rows of x and one for many.
 // llmops.ops.linear owns the public schema, the checks and autograd; what is checked here keeps
 // memory safe whoever calls.
-#include "cpu/linear.h"
+#include "linear.h"
 
 #include <memory>
 
@@ -11,8 +11,6 @@ namespace llmops {
 namespace {
 
 constexpr const char* kName = "llmops.linear";
-// From here on packing W pays (benchmarks/NOTES.md).
-constexpr int64_t kManyRows = 48;
 
 // x [..., K], w [N, K], bias [N].
 Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in) {
@@ -44,9 +42,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   p.y = y.data_ptr();
   p.y_stride = n;
 
-  // bf16 in pairs, or by tiles, has at least twice the flops of the fp32 that matmul makes of it.
-  const bool narrow = p.type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16;
-  const bool many = p.rows >= kManyRows && !narrow;
+  const bool many = !are_few(p.type, p.rows);
   const Tensor w = many && w_in.stride(0) == 1 ? w_in : last_dim_dense(w_in);
   p.w = w.data_ptr();
   p.w_stride = w.stride(0);
@@ -55,19 +51,33 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
     matmul({p.type, p.rows, n, k, a, b, p.bias, p.y, p.y_stride});
     return y;
   }
-  const std::unique_ptr<float[]> packed(
-      new float[LLMOPS_CPU_CALL(linear_scratch)(p.type, p.rows, k)]);
-  LLMOPS_CPU_CALL(linear_pack)(p.type, p.rows, k, x.data_ptr(), x_step, packed.get());
-  const auto kernel = LLMOPS_CPU_CALL(linear_fwd);
-  if (p.rows * n * k < kSerialProducts || forked_from_threads()) {
-    kernel(p, packed.get(), 0, n);
-  } else {
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { kernel(p, packed.get(), begin, end); });
-  }
+  few_rows(p, x.data_ptr(), x_step, n);
   return y;
 }
 
 }  // namespace
+
+bool are_few(cpu::DType type, int64_t rows) {
+  // bf16 in pairs, or by tiles, has at least twice the flops of the fp32 that matmul makes of it.
+  if (type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16) return true;
+  const bool amx = type == cpu::DType::f32 && cpu::active_isa() == cpu::Isa::amx;
+  return rows <= (amx ? 48 : 64);  // as measured (benchmarks/NOTES.md)
+}
+
+void few_rows(const cpu::LinearParams& p, const void* x, int64_t x_step, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const std::unique_ptr<float[]> floats(
+      new float[LLMOPS_CPU_CALL(linear_scratch)(p.type, p.rows, p.k) + kLine]);
+  float* const packed =
+      floats.get() + (-reinterpret_cast<uintptr_t>(floats.get()) / 4 & (kLine - 1));
+  LLMOPS_CPU_CALL(linear_pack)(p.type, p.rows, p.k, x, x_step, packed);
+  const auto kernel = LLMOPS_CPU_CALL(linear_fwd);
+  if (p.rows * n * p.k < kSerialProducts || forked_from_threads()) {
+    kernel(p, packed, 0, n);
+  } else {
+    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { kernel(p, packed, begin, end); });
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");

@@ -2,6 +2,7 @@
 // schema, the checks and autograd; what is checked here keeps memory safe whoever calls.
 #include "matmul.h"
 
+#include "linear.h"
 #include "scratch.h"
 
 namespace llmops {
@@ -34,6 +35,9 @@ void multiply(const Tensor& a_in, const Tensor& b_in, const Tensor& y, bool add)
   p.y = y.data_ptr();
   p.y_stride = y.stride(0);
   p.add = add;
+  if (p.a.k_step == 1 && p.b.k_step == 1 && !add && are_few(p.type, p.m) && y.numel() > 0)
+    return few_rows({p.type, p.m, p.k, p.b.data, nullptr, p.y, p.b.outer_step, p.y_stride},
+                    p.a.data, p.a.outer_step, p.n);
   matmul(p);
 }
 
@@ -72,9 +76,11 @@ void matmul(cpu::MatmulParams p) {
   for (int64_t column = 0; column < p.n; column += plan.panel) {
     const int64_t end = column + plan.panel < p.n ? column + plan.panel : p.n;
     const int64_t strips = (end - column + plan.strip - 1) / plan.strip;
-    parallel_tasks(strips, worthwhile, [&](int64_t s) {
-      pack(p, column + s * plan.strip, packed + s * plan.strip_floats);
-    });
+    if (plan.strip_floats > 0) {
+      parallel_tasks(strips, worthwhile, [&](int64_t s) {
+        pack(p, column + s * plan.strip, packed + s * plan.strip_floats);
+      });
+    }
     // A few strips at a time where blocks of rows alone would leave threads idle.
     const int64_t blocks = (p.m + plan.block - 1) / plan.block;
     const int64_t wanted = worthwhile && threads > 1 ? (kTasks * threads + blocks - 1) / blocks : 1;

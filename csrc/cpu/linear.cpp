@@ -12,6 +12,7 @@
 
 #include "dot_tile.h"
 #include "linear_amx.h"
+#include "linear_lanes.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
@@ -34,6 +35,11 @@ struct Pairs<bf16> {
 };
 #endif
 
+// Pairs have twice the flops of the fp32 that lanes make of them.
+template <class T>
+LLMOPS_INLINE bool by_lanes(int64_t rows) {
+  return !Pairs<T>::value && takes_lanes(rows);
+}
 // Floats of one packed row: whole vectors, of 2 * W elements where they are pairs.
 template <class T>
 LLMOPS_INLINE int64_t packed_stride(int64_t k) {
@@ -145,9 +151,11 @@ int64_t linear_scratch(DType type, int64_t rows, int64_t k) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(type, rows)) return tile_panels(rows) * tile_steps(k) * kTileFloats;
 #endif
-  int64_t stride = 0;
-  LLMOPS_DISPATCH(type, T, stride = packed_stride<T>(k));
-  return padded_rows(rows) * stride;
+  int64_t floats = 0;
+  LLMOPS_DISPATCH(type, T, {
+    floats = by_lanes<T>(rows) ? lanes_of(rows) * k : padded_rows(rows) * packed_stride<T>(k);
+  });
+  return floats;
 }
 
 void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_stride,
@@ -157,6 +165,8 @@ void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_s
     return pack_tiles(static_cast<const bf16*>(x), x_stride, rows, k, packed);
 #endif
   LLMOPS_DISPATCH(type, T, {
+    if (by_lanes<T>(rows))
+      return pack_lanes(static_cast<const T*>(x), x_stride, rows, k, packed);
     const int64_t stride = packed_stride<T>(k);
     const int64_t all = padded_rows(rows);
     for (int64_t r = 0; r < rows; ++r)
@@ -170,6 +180,7 @@ void linear_fwd(const LinearParams& p, const float* packed, int64_t begin, int64
   if (takes_tiles(p.type, p.rows)) return linear_by_tiles(p, packed, begin, end);
 #endif
   LLMOPS_DISPATCH(p.type, T, {
+    if (by_lanes<T>(p.rows)) return linear_by_lanes<T>(p, packed, begin, end);
     if (kTile == 1 || p.rows == 1) {
       for (int64_t r = 0; r < p.rows; ++r) run<T, 1>(p, packed, r, r + 1, begin, end);
     } else if (p.rows == 2) {

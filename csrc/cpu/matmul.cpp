@@ -171,6 +171,10 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
 constexpr int64_t kTiledDepth = 768;            // 144 KiB of a strip
 constexpr int64_t kTiledBlock = 8 * kPair;      // rows: 1.1 MiB of a
 constexpr int64_t kTiledPanelFloats = 4 << 20;  // 16 MiB of b
+// A panel goes through memory. A strip that is packed just before a block of rows uses it stays in
+// L2, which is ahead even where each block packs it again. Where b's columns are dense, that is 8
+// strips of 384 steps, so that a kilobyte of each row is read, and ahead up to two blocks of rows.
+constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 8;
 
 LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
   return p.type == DType::f32 && active_isa() == Isa::amx;
@@ -182,34 +186,64 @@ LLMOPS_INLINE void strip_of(const MatmulOperand& x, int64_t outer, int64_t count
   split_strips<kRowsAreOuter>({data, x.outer_step, x.k_step, least(count, kPair), depth}, out);
 }
 
+LLMOPS_INLINE bool packs_as_it_goes(const MatmulParams& p) {
+  return p.b.outer_step != 1 || p.m <= 2 * kTiledBlock;
+}
+// b's strips of the columns [column, end), `depth` steps of k from k on, read in memory's order.
+LLMOPS_INLINE void strips_of(const MatmulParams& p, int64_t column, int64_t end, int64_t k,
+                             int64_t depth, float* out) {
+  const int64_t steps = tiled_steps(depth), each = p.b.outer_step == 1 ? kDepth : depth;
+  for (int64_t d = 0; d < depth; d += each) {
+    for (int64_t c = column; c < end; c += kPair)
+      strip_of<false>(p.b, c, end - c, k + d, least(each, depth - d),
+                      out + ((c - column) / kPair * steps + d / kDepth) * kStepFloats);
+  }
+}
+
+// 32 x 32 of y: a strip of a by one of b.
+LLMOPS_INLINE void tile_of(const MatmulParams& p, const float* a, const float* b, int64_t row,
+                           int64_t column, int64_t k, int64_t depth) {
+  const int columns = count_of(p.n - column, kPair), rows = count_of(p.m - row, kPair);
+  Tile<float> tile{};
+  tile.sums = tile.y = static_cast<float*>(p.y) + row * p.y_stride + column;
+  tile.sums_stride = tile.y_stride = p.y_stride;
+  tile.bias = p.bias ? static_cast<const float*>(p.bias) + column : nullptr;
+  tile.first = k == 0 && !p.add;
+  tile.last = k + depth >= p.k;
+  tile.past = p.past && k == 0;
+  Nothing nothing;
+  if (rows == kPair && columns == kPair && tile.first && !tile.past && !(tile.last && tile.bias))
+    return split_product(a, b, tiled_steps(depth), tile.y, p.y_stride, false, nothing);
+  alignas(64) float sums[kPair * kPair];
+  split_product(a, b, tiled_steps(depth), sums, kPair, false, nothing);
+  for (int r = 0; r < rows; ++r) {
+    for (int j = 0; j * W < columns; ++j)
+      finish(tile, r, j, load(sums + r * kPair + j * W), count_of(columns - j * W, W));
+  }
+}
+
 LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64_t end,
                                     const float* packed, int64_t row, float* scratch) {
+  const bool goes = packs_as_it_goes(p), across = goes && p.b.outer_step == 1;
   const int64_t rows = least(kTiledBlock, p.m - row), strip = tiled_steps(p.k) * kStepFloats;
-  alignas(64) float sums[kPair * kPair];
-  Nothing nothing;
+  const int64_t deepest = across ? kAcrossDepth : kTiledDepth;
+  const int64_t group = goes ? (across ? kAcrossStrips : 1) * kPair : end - column;
+  float* const right = scratch + kTiledBlock / kPair * tiled_steps(deepest) * kStepFloats;
   begin_tiles();
-  for (int64_t k = 0; k < p.k || k == 0; k += kTiledDepth) {
-    const int64_t depth = least(kTiledDepth, p.k - k), steps = tiled_steps(depth);
+  for (int64_t k = 0; k < p.k || k == 0; k += deepest) {
+    const int64_t depth = least(deepest, p.k - k), steps = tiled_steps(depth);
     for (int64_t i = 0; i < rows; i += kPair)
       strip_of<true>(p.a, row + i, p.m - row - i, k, depth,
                      scratch + i / kPair * steps * kStepFloats);
-    for (int64_t c = column; c < end; c += kPair) {
-      const float* const b = packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
-      for (int64_t i = 0; i < rows; i += kPair) {
-        split_product(scratch + i / kPair * steps * kStepFloats, b, steps, sums, kPair, false,
-                      nothing);
-        const int columns = count_of(end - c, kPair), count = count_of(rows - i, kPair);
-        Tile<float> tile{};
-        tile.sums = tile.y = static_cast<float*>(p.y) + (row + i) * p.y_stride + c;
-        tile.sums_stride = tile.y_stride = p.y_stride;
-        tile.bias = p.bias ? static_cast<const float*>(p.bias) + c : nullptr;
-        tile.first = k == 0 && !p.add;
-        tile.last = k + depth >= p.k;
-        tile.past = p.past && k == 0;
-        for (int r = 0; r < count; ++r) {
-          for (int j = 0; j * W < columns; ++j)
-            finish(tile, r, j, load(sums + r * kPair + j * W), count_of(columns - j * W, W));
-        }
+    for (int64_t first = column; first < end; first += group) {
+      const int64_t last = least(first + group, end);
+      if (goes) strips_of(p, first, last, k, depth, right);
+      for (int64_t c = first; c < last; c += kPair) {
+        const float* const b =
+            goes ? right + (c - first) / kPair * steps * kStepFloats
+                 : packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
+        for (int64_t i = 0; i < rows; i += kPair)
+          tile_of(p, scratch + i / kPair * steps * kStepFloats, b, row + i, c, k, depth);
       }
     }
   }
@@ -224,9 +258,13 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(p)) {
     const int64_t strip = tiled_steps(p.k) * kStepFloats, fit = kTiledPanelFloats / (strip + 1);
+    const int64_t left = kTiledBlock / kPair * tiled_steps(kTiledDepth) * kStepFloats;
+    if (packs_as_it_goes(p)) {
+      constexpr int64_t kRight = kAcrossStrips * kAcrossDepth / kDepth * kStepFloats;
+      return {round_up(p.n, kPair), kPair, kTiledBlock, 0, left + kRight};
+    }
     const int64_t panel = least(fit < 4 ? 4 : fit, (p.n + kPair - 1) / kPair) * kPair;
-    return {panel, kPair, kTiledBlock, strip,
-            kTiledBlock / kPair * kTiledDepth / kDepth * kStepFloats};
+    return {panel, kPair, kTiledBlock, strip, left};
   }
 #endif
   const int64_t fit = kPanelFloats / (p.k > 0 ? p.k : 1) / kColumns * kColumns;

@@ -27,7 +27,7 @@ struct MatmulParams {
 // block of rows of a after the other. Neither depends on the number of threads.
 struct MatmulPlan {
   int64_t panel, strip, block;  // columns, columns, rows
-  int64_t strip_floats;         // of a packed strip
+  int64_t strip_floats;         // of a packed strip; 0: a block packs what it needs itself
   int64_t scratch_floats;       // that a block works in
 };
 

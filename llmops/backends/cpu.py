@@ -53,17 +53,18 @@ _MISSING = {
 # linear: up to how many rows of x our kernel is ahead of torch's own product, per instruction set
 # and dtype; of LINEAR_ROWS and all, measured (benchmarks/NOTES.md). On AVX2 torch has no 16-bit
 # product worth the name.
-LINEAR_ROWS = (8, 16, 128, 192)
+LINEAR_ROWS = (8, 64, 128)
 ANY_ROWS = sys.maxsize
 LINEAR_AHEAD = {
     "scalar": {},
-    "avx2": {torch.float32: 16, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
-    "avx512": {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16},
-    "avx512_bf16": {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16},
-    "amx": {torch.float32: 16, torch.bfloat16: 128, torch.float16: 16},
+    "avx2": {torch.float32: 64, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
+    "avx512": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
+    "avx512_bf16": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
+    "amx": {torch.float32: ANY_ROWS, torch.bfloat16: 128, torch.float16: 64},
 }
-# And where it is ahead beyond all of these: fp32 in three parts by AMX (csrc/cpu/split_amx.h).
-LINEAR_MANY = {"amx": (torch.float32,)}
+# Gradients' products in fp32 are ours beyond so many rows (in 16 bits of any number), where those of
+# many are: by AMX in three parts (csrc/cpu/split_amx.h).
+GRADIENT_ROWS = 64
 
 
 def widens_products(dtype: torch.dtype) -> bool:
@@ -74,7 +75,7 @@ def widens_products(dtype: torch.dtype) -> bool:
 
 def own_products(dtype: torch.dtype) -> bool:
     """Whether products of many rows, gradients' too, are ours."""
-    return dtype in LINEAR_MANY.get(isa(), ()) or widens_products(dtype)
+    return LINEAR_AHEAD[isa()].get(dtype) == ANY_ROWS
 
 
 def holds_logits(dtype: torch.dtype) -> bool:
@@ -117,14 +118,14 @@ def yields(call: Call) -> str | None:
         return None
     ahead = LINEAR_AHEAD[isa()].get(call.dtype, 0)
     rows = next((int(f.split()[2]) for f in call.features if f.startswith("at most")), ANY_ROWS)
-    many = rows == ANY_ROWS and call.dtype in LINEAR_MANY.get(isa(), ())
+    packs = rows > GRADIENT_ROWS and ahead == ANY_ROWS and call.dtype == torch.float32
     if "weight dense in no dimension" in call.features or (
-        "transposed weight" in call.features and not many
+        "transposed weight" in call.features and not packs
     ):
         return "it would copy a weight that is not dense in its last dimension"
     if "autocast weight" in call.features:
         return "it would cast the weight in each call, which torch does once per autocast region"
-    if rows <= ahead or many:
+    if rows <= ahead:
         return None
     dtype = str(call.dtype).removeprefix("torch.")
     only = f" beyond {ahead} rows of x" if ahead else ""
@@ -185,8 +186,11 @@ if _extension.REASON is None:
     def _product_into(
         a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False
     ) -> None:
-        """In fp32; the smallest of three sizes decides as the number of rows does for linear."""
-        ours = own_products(torch.float32) and min(*a.shape, out.shape[1]) > LINEAR_ROWS[-1]
+        """In fp32, by linear's table where it is such a product; of others the smallest of three
+        sizes decides, as the number of rows does for gradients."""
+        ours = own_products(torch.float32) and min(*a.shape, out.shape[1]) > GRADIENT_ROWS
+        if not add and a.stride(1) == 1 and b.stride(0) == 1:
+            ours = len(a) <= LINEAR_AHEAD[isa()].get(torch.float32, 0)
         (matmul_into if ours else _linear_cross_entropy.product_into)(a, b, out, add)
 
     linear_cross_entropy_weight_gradient = functools.partial(

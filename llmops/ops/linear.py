@@ -17,6 +17,7 @@ from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, is_plain, is_tracing, shortcut
 
 ROWS = get("cpu").LINEAR_ROWS  # of x, that the measured table tells apart
+GRADIENT_ROWS = get("cpu").GRADIENT_ROWS
 MANY = "many rows"
 
 
@@ -166,7 +167,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     dtype, rows = x.dtype, math.prod(x.shape[:-1])
     product: Any = torch.matmul
-    if ctx.backend == "cpu" and (rows > ROWS[-1] or dtype != torch.float32):
+    if ctx.backend == "cpu" and (rows > GRADIENT_ROWS or dtype != torch.float32):
         if not torch.is_grad_enabled() and is_plain(grad):
             product = get("cpu").matmul if get("cpu").own_products(dtype) else product
         elif get("cpu").widens_products(dtype):

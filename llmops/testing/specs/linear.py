@@ -28,6 +28,13 @@ def samples(make: Make) -> Iterator[Sample]:
         (16, 64, 64),
         (17, 96, 33),
         (48, 40, 130),
+        # A lane to each row of x: one to four vectors of them, the last group of one; weights that
+        # fill no tile, and are fewer than one; sums in several parts.
+        (13, 20, 5),
+        (24, 300, 25),
+        (33, 257, 13),
+        (50, 513, 30),
+        (64, 31, 12),
         # So many rows that gradients may be ours, too.
         (200, 70, 66),
     ):
