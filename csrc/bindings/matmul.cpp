@@ -81,9 +81,11 @@ void matmul(cpu::MatmulParams p) {
         pack(p, column + s * plan.strip, packed + s * plan.strip_floats);
       });
     }
-    // A few strips at a time where blocks of rows alone would leave threads idle.
+    // A few strips at a time where blocks of rows alone would leave threads idle. Each such piece
+    // packs its block of a: where it packs strips of b, too, one to a thread is enough.
     const int64_t blocks = (p.m + plan.block - 1) / plan.block;
-    const int64_t wanted = worthwhile && threads > 1 ? (kTasks * threads + blocks - 1) / blocks : 1;
+    const int64_t tasks = (plan.strip_floats > 0 ? kTasks : 1) * threads;
+    const int64_t wanted = worthwhile && threads > 1 ? (tasks + blocks - 1) / blocks : 1;
     const int64_t each = (strips + wanted - 1) / wanted;
     const int64_t pieces = (strips + each - 1) / each;
     parallel_tasks(blocks * pieces, worthwhile, [&](int64_t i) {

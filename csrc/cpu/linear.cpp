@@ -7,7 +7,8 @@
 // The W rows come from eight runs through memory far apart: a processor fetches ahead within a page
 // only, and eight pages at a time go 1.5 times as fast as one. The W sums of a block are formed by
 // one reduction, the bias is added in fp32, and each result is rounded once. Many rows of x go
-// through in panels that stay in L2, which reads W once per panel. bf16 by AMX: linear_amx.h
+// through in panels that stay in L2, which reads W once per panel. bf16 by AMX: linear_amx.h; 13 to
+// 64 rows in fp32: linear_lanes.h
 #include "linear.h"
 
 #include "dot_tile.h"
@@ -165,8 +166,7 @@ void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_s
     return pack_tiles(static_cast<const bf16*>(x), x_stride, rows, k, packed);
 #endif
   LLMOPS_DISPATCH(type, T, {
-    if (by_lanes<T>(rows))
-      return pack_lanes(static_cast<const T*>(x), x_stride, rows, k, packed);
+    if (by_lanes<T>(rows)) return pack_lanes(static_cast<const T*>(x), x_stride, rows, k, packed);
     const int64_t stride = packed_stride<T>(k);
     const int64_t all = padded_rows(rows);
     for (int64_t r = 0; r < rows; ++r)

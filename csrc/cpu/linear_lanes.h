@@ -13,7 +13,7 @@ namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int64_t kFewestLanes = 13, kMostLanes = 64;  // rows of x
-constexpr int kGroupVecs = W == 16 ? 4 : 2;                          // of them in one tile, at most
+constexpr int kGroupVecs = W == 16 ? 4 : 2;            // of them in one tile, at most
 constexpr int kGroup = kGroupVecs * W;
 constexpr int kMostWeights = W == 16 ? 12 : 6;  // rows in one tile
 constexpr int64_t kSteps = 256;
@@ -79,11 +79,12 @@ LLMOPS_NOINLINE void lanes_tile(const float* w, int64_t stride, int64_t depth, i
 
 // y's columns [column, column + count) of `rows` rows from `row` on; sums [count][kGroup].
 template <class T>
-LLMOPS_INLINE void store_lanes(const LinearParams& p, const float* sums, int64_t row, int64_t column,
-                               int count) {
+LLMOPS_INLINE void store_lanes(const LinearParams& p, const float* sums, int64_t row,
+                               int64_t column, int count) {
   const T* const bias = static_cast<const T*>(p.bias);
   const Vec added = bias ? load_n(bias + column, count) : zero();
-  for (int64_t end = p.rows - row < kGroup ? p.rows : row + kGroup; row < end; row += W, sums += W) {
+  for (int64_t end = p.rows - row < kGroup ? p.rows : row + kGroup; row < end;
+       row += W, sums += W) {
     T* const y = static_cast<T*>(p.y) + row * p.y_stride + column;
     Vec r[W];
     LLMOPS_UNROLL for (int i = 0; i < W; ++i) r[i] = i < count ? load(sums + i * kGroup) : zero();

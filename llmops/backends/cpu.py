@@ -62,8 +62,8 @@ LINEAR_AHEAD = {
     "avx512_bf16": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
     "amx": {torch.float32: ANY_ROWS, torch.bfloat16: 128, torch.float16: 64},
 }
-# Gradients' products in fp32 are ours beyond so many rows (in 16 bits of any number), where those of
-# many are: by AMX in three parts (csrc/cpu/split_amx.h).
+# Gradients' products in fp32 are ours beyond so many rows, in 16 bits of any number, where those of
+# any number of rows are: by AMX in three parts (csrc/cpu/split_amx.h).
 GRADIENT_ROWS = 64
 
 

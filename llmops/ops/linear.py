@@ -51,8 +51,9 @@ def linear(
 
     Numerics: fp32 accumulation, the bias added in fp32, one rounding. The kernel gives the same
     bits for any number of threads; where bf16 pairs are multiplied by the processor (AVX-512-BF16),
-    subnormal products flush to zero. fp32 and many rows on AMX: three bf16 parts of each value, as
-    exact as fp32 down to 1e-33; smaller values lose digits, and below 1e-38 they are zero.
+    subnormal products flush to zero. fp32 and 49 rows or more on AMX: three bf16 parts of each
+    value, as exact as fp32 down to 1e-33; smaller values lose digits, and below 1e-38 they are
+    zero.
     Gradients are matrix products of the same kind, or torch's.
     Under autocast computed in autocast's dtype, as F.linear is.
     """

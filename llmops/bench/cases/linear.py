@@ -1,7 +1,7 @@
-"""linear at model shapes: one row of x (decode), four, and a prompt.
+"""linear at model shapes: one row of x (decode), a few, a prompt, and a prompt's gradients.
 
 Bytes, up to eight rows: W and x read, y written; W is nearly all, so the limit is to read.
-Beyond, flops: 2 rows N K. torch is F.linear.
+Beyond, flops: 2 rows N K, of both gradients twice as many. torch is F.linear.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import llmops
-from llmops.bench.harness import Case, with_backward
+from llmops.bench.harness import Case, trains_slowly, with_backward
 
 # model, N, K: query projections, the first of an MLP, heads.
 WEIGHTS = (
@@ -22,7 +22,7 @@ WEIGHTS = (
     ("Gemma 2 2B", 9216, 2304),
     ("SmolLM2", 49152, 576),
 )
-ROWS = (1, 4, 8, 128)
+ROWS = (1, 4, 8, 32, 128)
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -44,3 +44,17 @@ def cases(quick: bool) -> Iterator[Case]:
                     read_only=rows <= 8,
                     model=model,
                 )
+            # Of the vocabulary: linear_cross_entropy. fp16 has few trainers on a CPU.
+            if quick or n > 40000 or dtype == torch.float16 or trains_slowly(dtype):
+                continue
+            leaves = (x.requires_grad_(), weight.requires_grad_())
+            yield Case(
+                "linear",
+                "bwd",
+                dtype,
+                f"{ROWS[-1]}x{k} to {n}",
+                with_backward("bwd", llmops.linear, leaves),
+                with_backward("bwd", F.linear, leaves),
+                flops=4 * ROWS[-1] * n * k,
+                model=model,
+            )
