@@ -77,7 +77,7 @@ LLMOPS_NOINLINE void lanes_tile(const float* w, int64_t stride, int64_t depth, i
   }
 }
 
-// y's columns [column, column + count) of `rows` rows from `row` on; sums [count][kGroup].
+// y's columns [column, column + count) of the group of rows from `row` on; sums [count][kGroup].
 template <class T>
 LLMOPS_INLINE void store_lanes(const LinearParams& p, const float* sums, int64_t row,
                                int64_t column, int count) {
