@@ -212,6 +212,16 @@ def test_attention_of_long_sequences(target: Target, dtype: torch.dtype) -> None
                 assert_close(g, o, y, factor=2.0, what=name, eps=eps)
 
 
+def assert_forward(target: Target, qkv: tuple[Tensor, ...], what: str, **arguments: Any) -> None:
+    """out is as close to fp64 as the error rule asks."""
+    exact = reference.attention(*(t.double() for t in qkv), **arguments)
+    theirs = torch_attention(*qkv, **arguments)
+    with target.active():
+        got = llmops.attention(*qkv, backend=target.backend, **arguments)
+    assert isinstance(got, Tensor)
+    assert_close(got, exact, theirs, factor=2.0, what=what)
+
+
 @pytest.mark.parametrize("target", [t for t in targets("attention") if t.backend == "cpu"], ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_attention_of_blocks_that_share_keys(target: Target, dtype: torch.dtype) -> None:
@@ -221,13 +231,7 @@ def test_attention_of_blocks_that_share_keys(target: Target, dtype: torch.dtype)
     shapes = ((1, 515, 8, 64), (1, 530, 2, 64), (1, 530, 2, 32))
     q, k, v = (torch.randn(*s, generator=generator).to(dtype).transpose(1, 2) for s in shapes)
     for window in (None, (70, 0)):
-        arguments = {"causal": True, "window": window}
-        exact = reference.attention(q.double(), k.double(), v.double(), **arguments)
-        theirs = torch_attention(q, k, v, **arguments)
-        with target.active():
-            got = llmops.attention(q, k, v, backend=target.backend, **arguments)
-        assert isinstance(got, Tensor)
-        assert_close(got, exact, theirs, factor=2.0, what=f"out, window {window}")
+        assert_forward(target, (q, k, v), f"out, window {window}", causal=True, window=window)
 
 
 @TARGETS
@@ -241,13 +245,8 @@ def test_attention_of_scores_that_grow(target: Target, dtype: torch.dtype) -> No
         q[..., 0], k[..., 0] = 1.0, torch.linspace(0, last, 520)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         for causal in (False, True):
-            arguments = {"causal": causal, "scale": 1.0}
-            exact = reference.attention(q.double(), k.double(), v.double(), **arguments)
-            theirs = torch_attention(q, k, v, **arguments)
-            with target.active():
-                got = llmops.attention(q, k, v, backend=target.backend, **arguments)
-            assert isinstance(got, Tensor)
-            assert_close(got, exact, theirs, factor=2.0, what=f"out, {last}, causal {causal}")
+            what = f"out, {last}, causal {causal}"
+            assert_forward(target, (q, k, v), what, causal=causal, scale=1.0)
 
 
 @TARGETS

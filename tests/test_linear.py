@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -65,6 +66,7 @@ def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None
         (300, 70, 3),
         (40, 1700, 70),
         (530, 800, 70),
+        (2060, 33, 40),
     ]
     for m, k, n in shapes:
         for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(2 * m, 2 * k)[::2, ::2]):
@@ -145,9 +147,9 @@ def test_linear_matmul_of_extreme_values(target: Target) -> None:
 def test_linear_of_many_rows_and_its_gradients(target: Target) -> None:
     """As exact as torch's product in fp32, by whichever product the table names, and for weights
     that lie transposed, whose gradient lies as they do."""
-    for turned in (False, True):
+    for turned, tokens in itertools.product((False, True), (35, 50, 150)):
         weight = torch.randn(70, 130).t() if turned else torch.randn(130, 70)
-        x, bias, grad = torch.randn(2, 150, 70), torch.randn(130), torch.randn(2, 150, 130)
+        x, bias, grad = torch.randn(2, tokens, 70), torch.randn(130), torch.randn(2, tokens, 130)
         leaves = [t.requires_grad_() for t in (x, weight, bias)]
         assert target.isa is not None
         own = cpu.LINEAR_AHEAD[target.isa].get(torch.float32) == cpu.ANY_ROWS

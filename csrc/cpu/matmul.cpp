@@ -172,8 +172,8 @@ constexpr int64_t kTiledDepth = 768;            // 144 KiB of a strip
 constexpr int64_t kTiledBlock = 8 * kPair;      // rows: 1.1 MiB of a
 constexpr int64_t kTiledPanelFloats = 4 << 20;  // 16 MiB of b
 // A panel goes through memory. A strip that is packed just before a block of rows uses it stays in
-// L2, which is ahead even where each block packs it again. Where b's columns are dense, that is 8
-// strips of 384 steps, so that a kilobyte of each row is read, and ahead up to two blocks of rows.
+// L2, which is ahead up to four blocks that pack it again. Where b's columns are dense, that is 8
+// strips of 384 steps, so that a kilobyte of each row is read, and ahead up to two blocks.
 constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 8;
 
 LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
@@ -187,7 +187,7 @@ LLMOPS_INLINE void strip_of(const MatmulOperand& x, int64_t outer, int64_t count
 }
 
 LLMOPS_INLINE bool packs_as_it_goes(const MatmulParams& p) {
-  return p.b.outer_step != 1 || p.m <= 2 * kTiledBlock;
+  return p.m <= (p.b.outer_step == 1 ? 2 : 4) * kTiledBlock;
 }
 // b's strips of the columns [column, end), `depth` steps of k from k on, read in memory's order.
 LLMOPS_INLINE void strips_of(const MatmulParams& p, int64_t column, int64_t end, int64_t k,
