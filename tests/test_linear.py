@@ -38,7 +38,7 @@ def test_linear_bits_do_not_depend_on_threads(target: Target, dtype: torch.dtype
     before = torch.get_num_threads()
     weight, bias = torch.randn(1031, 1100).to(dtype), torch.randn(1031).to(dtype)
     try:
-        for rows in (1, 2, 7, 13, 30, 47, 50, 130):
+        for rows in (1, 2, 7, 13, 20, 30, 47, 100, 130):
             x = torch.randn(rows, 1100).to(dtype)
             found = []
             for threads in (1, 2, 3):
@@ -152,7 +152,8 @@ def test_linear_of_many_rows_and_its_gradients(target: Target) -> None:
         x, bias, grad = torch.randn(2, tokens, 70), torch.randn(130), torch.randn(2, tokens, 130)
         leaves = [t.requires_grad_() for t in (x, weight, bias)]
         assert target.isa is not None
-        own = cpu.LINEAR_AHEAD[target.isa].get(torch.float32) == cpu.ANY_ROWS
+        ahead = cpu.LINEAR_AHEAD[target.isa].get(torch.float32, 0)
+        own = ahead == cpu.ANY_ROWS or (2 * tokens <= ahead and not turned)
         with target.active():
             found = llmops.explain("linear", *leaves)
             assert (found.backend == "cpu") == own

@@ -61,7 +61,8 @@ bool are_few(cpu::DType type, int64_t rows) {
   // bf16 in pairs, or by tiles, has at least twice the flops of the fp32 that matmul makes of it.
   if (type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16) return true;
   const bool amx = type == cpu::DType::f32 && cpu::active_isa() == cpu::Isa::amx;
-  return rows <= (amx ? 48 : 64);  // as measured (benchmarks/NOTES.md)
+  const bool avx2 = cpu::active_isa() == cpu::Isa::avx2;
+  return rows <= (amx ? 48 : avx2 ? 128 : 64);  // as measured (benchmarks/NOTES.md)
 }
 
 void few_rows(const cpu::LinearParams& p, const void* x, int64_t x_step, int64_t n) {

@@ -7,8 +7,8 @@
 // The W rows come from eight runs through memory far apart: a processor fetches ahead within a page
 // only, and eight pages at a time go 1.5 times as fast as one. The W sums of a block are formed by
 // one reduction, the bias is added in fp32, and each result is rounded once. Many rows of x go
-// through in panels that stay in L2, which reads W once per panel. bf16 by AMX: linear_amx.h; 13 to
-// 64 rows in fp32: linear_lanes.h
+// through in panels that stay in L2, which reads W once per panel. bf16 by AMX: linear_amx.h; from
+// 13 rows on in fp32: linear_lanes.h
 #include "linear.h"
 
 #include "dot_tile.h"
@@ -18,8 +18,7 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int kTile = W == 1 ? 1 : 4;    // rows of x per tile
-constexpr int kStreams = W < 8 ? W : 8;  // runs through the weights
+constexpr int kTile = W == 1 ? 1 : 4;  // rows of x per tile
 // Bytes of each row of weights that are fetched in advance, as measured (benchmarks/NOTES.md).
 constexpr int kAhead = W == 1 ? 0 : (W == 8 ? 512 : 1024);
 constexpr int64_t kPanelFloats = 256 << 8;  // a panel of x: 256 KiB, half of a common L2
@@ -36,10 +35,22 @@ struct Pairs<bf16> {
 };
 #endif
 
+// What R rows of x are multiplied by: kRows rows of weights, from kStreams runs through them, in
+// tiles of kColumns; the sums of kGroup columns are whole vectors.
+template <int R>
+struct Block {
+  // AVX2: twelve sums, three rows of weights and one of x are its 16 registers.
+  static constexpr bool kTwelve = W == 8 && R == 4;
+  static constexpr int kGroup = kTwelve ? 6 : W / R;
+  static constexpr int kColumns = kTwelve ? 3 : (kGroup < 8 ? kGroup : 8);
+  static constexpr int kRows = kTwelve ? kGroup : W;
+  static constexpr int kStreams = kRows < 8 ? kRows : 8;
+};
+
 // Pairs have twice the flops of the fp32 that lanes make of them.
 template <class T>
 LLMOPS_INLINE bool by_lanes(int64_t rows) {
-  return !Pairs<T>::value && takes_lanes(rows);
+  return !Pairs<T>::value && takes_lanes<T>(rows);
 }
 // Floats of one packed row: whole vectors, of 2 * W elements where they are pairs.
 template <class T>
@@ -74,24 +85,28 @@ LLMOPS_INLINE float dot_plain(const T* w, int64_t k, const float* x) {
   return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
-// sums[r][t] = x[r] . w[t] for R rows of x and the block's W rows of weights.
+// sums[r][t] = x[r] . w[t] for R rows of x and the block's rows of weights.
 template <class T, int R>
-LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float (*sums)[W]) {
-  Vec acc[W];
+LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x,
+                             float (*sums)[Block<R>::kRows]) {
   if constexpr (W == 1) {
     sums[0][0] = dot_plain(w[0], k, x);
-  } else if constexpr (R == 1) {
-    for (int t = 0; t < W; t += kStreams)
-      dot_tile<T, Pairs<T>::value, 1, kStreams, kAhead>(w + t, k, x, 0, acc + t);
-    store(sums[0], reduce_each(acc));
   } else {
-    constexpr int kColumns = W / R;
-    for (int t = 0; t < W; t += kColumns) {
-      dot_tile<T, Pairs<T>::value, R, kColumns, kAhead>(w + t, k, x, packed_stride<T>(k), acc);
-      float all[W];
-      store(all, reduce_each(acc));
+    constexpr int kGroup = Block<R>::kGroup, kColumns = Block<R>::kColumns;
+    for (int t = 0; t < Block<R>::kRows; t += kGroup) {
+      Vec acc[R * kGroup];
+      for (int j = 0; j < kGroup; j += kColumns) {
+        Vec tile[R * kColumns];  // an array of its own stays in registers
+        dot_tile<T, Pairs<T>::value, R, kColumns, kAhead>(w + t + j, k, x, packed_stride<T>(k),
+                                                          tile);
+        LLMOPS_UNROLL for (int i = 0; i < R * kColumns; ++i) acc[j * R + i] = tile[i];
+      }
+      float all[R * kGroup];
+      LLMOPS_UNROLL for (int i = 0; i < R * kGroup; i += W) store(all + i, reduce_each(acc + i));
       LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
-        LLMOPS_UNROLL for (int j = 0; j < kColumns; ++j) sums[r][t + j] = all[r * kColumns + j];
+        LLMOPS_UNROLL for (int j = 0; j < kGroup; ++j) {
+          sums[r][t + j] = all[(j / kColumns * R + r) * kColumns + j % kColumns];
+        }
       }
     }
   }
@@ -99,26 +114,28 @@ LLMOPS_INLINE void dot_block(const T* const* w, int64_t k, const float* x, float
 
 // Which rows of weights make up a block: kStreams runs through memory, each going on where the
 // block before stopped. What is left when all runs are equally long are blocks of neighbours.
+template <int kRows, int kStreams>
 class Blocks {
  public:
-  Blocks(int64_t begin, int64_t end) : begin_(begin), end_(end), run_((end - begin) / W * kDepth) {}
-  // The W rows of the block whose first is `n` (begin, then what next gave); past the end the last
+  Blocks(int64_t begin, int64_t end)
+      : begin_(begin), end_(end), run_((end - begin) / kRows * kDepth) {}
+  // The rows of the block whose first is `n` (begin, then what next gave); past the end the last
   // row again, computed and not kept. Returns how many are kept.
   int rows(int64_t n, int64_t* row) const {
     const bool in_runs = n < begin_ + run_;
-    LLMOPS_UNROLL for (int t = 0; t < W; ++t) {
+    LLMOPS_UNROLL for (int t = 0; t < kRows; ++t) {
       row[t] = n + (in_runs ? t % kStreams * run_ + t / kStreams : t);
       if (row[t] >= end_) row[t] = end_ - 1;
     }
-    return in_runs || end_ - n > W ? W : static_cast<int>(end_ - n);
+    return in_runs || end_ - n > kRows ? kRows : static_cast<int>(end_ - n);
   }
   int64_t next(int64_t n) const {
-    if (n >= begin_ + run_) return n + W;
+    if (n >= begin_ + run_) return n + kRows;
     return n + kDepth < begin_ + run_ ? n + kDepth : begin_ + kStreams * run_;
   }
 
  private:
-  static constexpr int kDepth = W / kStreams;
+  static constexpr int kDepth = kRows / kStreams;
   int64_t begin_, end_, run_;
 };
 
@@ -128,14 +145,15 @@ LLMOPS_INLINE void run(const LinearParams& p, const float* packed, int64_t first
   const int64_t stride = packed_stride<T>(p.k);
   const T* weights = static_cast<const T*>(p.w);
   const T* bias = static_cast<const T*>(p.bias);
-  const Blocks blocks(begin, end);
+  constexpr int kRows = Block<R>::kRows;
+  const Blocks<kRows, Block<R>::kStreams> blocks(begin, end);
   for (int64_t n = begin; n < end; n = blocks.next(n)) {
-    int64_t row[W];
+    int64_t row[kRows];
     const int count = blocks.rows(n, row);
-    const T* w[W];
-    LLMOPS_UNROLL for (int t = 0; t < W; ++t) w[t] = weights + row[t] * p.w_stride;
+    const T* w[kRows];
+    LLMOPS_UNROLL for (int t = 0; t < kRows; ++t) w[t] = weights + row[t] * p.w_stride;
     for (int64_t r = first; r < last; r += R) {
-      float sums[R][W];
+      float sums[R][kRows];
       dot_block<T, R>(w, p.k, packed + r * stride, sums);
       for (int i = 0; i < R && r + i < last; ++i) {
         T* y = static_cast<T*>(p.y) + (r + i) * p.y_stride;

@@ -1,4 +1,4 @@
-// linear's product for 13 to 64 rows of x, by FMAs: y^T = W x^T, a lane to each row of x.
+// linear's product for 13 to 64 rows of x (AVX2: 128), by FMAs: y^T = W x^T, a lane to each row.
 //
 // Too many rows for dot products, each of which ends in a reduction, and too few to pay for packing
 // W: x is packed once, W is read as it lies. A tile of R rows of weights by V vectors of rows of x,
@@ -12,14 +12,17 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int64_t kFewestLanes = 13, kMostLanes = 64;  // rows of x
-constexpr int kGroupVecs = W == 16 ? 4 : 2;            // of them in one tile, at most
+constexpr int64_t kMostLanes = W == 16 ? 64 : 128;  // rows of x
+constexpr int kGroupVecs = W == 16 ? 4 : 2;         // of them in one tile, at most
 constexpr int kGroup = kGroupVecs * W;
 constexpr int kMostWeights = W == 16 ? 12 : 6;  // rows in one tile
 constexpr int64_t kSteps = 256;
 
+// Weights that are widened first pay from more rows on than their pairs of dot products do.
+template <class T>
 LLMOPS_INLINE bool takes_lanes(int64_t rows) {
-  return W > 1 && rows >= kFewestLanes && rows <= kMostLanes;
+  constexpr int64_t kFewest = W == 8 && sizeof(T) < sizeof(float) ? 21 : 13;
+  return W > 1 && rows >= kFewest && rows <= kMostLanes;
 }
 LLMOPS_INLINE int64_t lanes_of(int64_t rows) { return (rows + W - 1) / W * W; }
 
@@ -44,11 +47,12 @@ LLMOPS_INLINE void pack_lanes(const T* x, int64_t x_stride, int64_t rows, int64_
   }
 }
 
-// sums [R][kGroup] += w x over `depth` steps of k. What is read next, of these rows of weights that
-// end after `left` steps or of those below them, is fetched ahead.
-template <int R, int V>
-LLMOPS_NOINLINE void lanes_tile(const float* w, int64_t stride, int64_t depth, int64_t left,
-                                const float* x, float* sums) {
+// sums [R][kGroup] += w x over `depth` steps of k. What is read next of the weights as they lie, of
+// these rows of `source` that end after `left` steps or of those below them, is fetched ahead.
+template <int R, int V, class T>
+LLMOPS_NOINLINE void lanes_tile(const float* w, int64_t stride, const T* source,
+                                int64_t source_stride, int64_t depth, int64_t left, const float* x,
+                                float* sums) {
   Vec acc[R][V];
   LLMOPS_UNROLL for (int i = 0; i < R; ++i) {
     LLMOPS_UNROLL for (int j = 0; j < V; ++j) acc[i][j] = zero();
@@ -61,11 +65,12 @@ LLMOPS_NOINLINE void lanes_tile(const float* w, int64_t stride, int64_t depth, i
       LLMOPS_UNROLL for (int j = 0; j < V; ++j) acc[i][j] = fma(each, rows[j], acc[i][j]);
     }
   };
-  constexpr int64_t kLine = 16, kAhead = 4 * kLine;  // floats
+  // Of weights that are widened, what is read next is the next kSteps.
+  constexpr int64_t kLine = 16, kAhead = sizeof(T) == sizeof(float) ? 4 * kLine : kSteps;
   int64_t d = 0;
   for (; d + kLine <= depth; d += kLine) {
-    const float* const ahead = w + d + kAhead + (d + kAhead < left ? 0 : R * stride - left);
-    LLMOPS_UNROLL for (int i = 0; i < R; ++i) __builtin_prefetch(ahead + i * stride);
+    const T* const ahead = source + d + kAhead + (d + kAhead < left ? 0 : R * source_stride - left);
+    LLMOPS_UNROLL for (int i = 0; i < R; ++i) __builtin_prefetch(ahead + i * source_stride);
     for (int64_t e = d; e < d + kLine; ++e) step(e);
   }
   for (; d < depth; ++d) step(d);
@@ -125,9 +130,9 @@ LLMOPS_NOINLINE void run_lanes(const LinearParams& p, const float* packed, int64
         const float* const x = packed + row * p.k;
         float* const to = sums + row * R;
         if (V == 1 || p.rows - row > W) {
-          lanes_tile<R, V>(rows, stride, depth, p.k - k, x + k * V * W, to);
+          lanes_tile<R, V>(rows, stride, w, p.w_stride, depth, p.k - k, x + k * V * W, to);
         } else {
-          lanes_tile<R, 1>(rows, stride, depth, p.k - k, x + k * W, to);
+          lanes_tile<R, 1>(rows, stride, w, p.w_stride, depth, p.k - k, x + k * W, to);
         }
       }
     }

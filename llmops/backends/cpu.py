@@ -57,7 +57,7 @@ LINEAR_ROWS = (8, 64, 128)
 ANY_ROWS = sys.maxsize
 LINEAR_AHEAD = {
     "scalar": {},
-    "avx2": {torch.float32: 64, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
+    "avx2": {torch.float32: 128, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
     "avx512": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
     "avx512_bf16": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
     "amx": {torch.float32: ANY_ROWS, torch.bfloat16: 128, torch.float16: 64},
