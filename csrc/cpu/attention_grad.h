@@ -132,8 +132,9 @@ LLMOPS_OUTLINE void add_to_keys(Cells a, const float* b, int64_t ld, const Query
       const int vecs = clamp_int((ld - c) / W, 1, kTileVecs);
       with_constant<kTileRows>(rows, [&](auto r) {
         with_constant<kTileVecs>(vecs, [&](auto v) {
-          update_tile<r.value, v.value, kPairs>(a.at(i, first), b + first * ld + c, ld, steps,
-                                                sums + i * ld + c, ld, nullptr);
+          update_tile<r.value, v.value, kPairs>(a.at(i, first).base, a.row, a.step,
+                                                b + first * ld + c, ld, steps, sums + i * ld + c,
+                                                ld, nullptr);
         });
       });
     }

@@ -106,7 +106,8 @@ LLMOPS_INLINE Vec madd(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
-// The A operand: cell (i, n) is at base + i * row + n * step, in bytes.
+// The A operand: cell (i, n) is at base + i * row + n * step, in bytes. Tiles that are called take
+// the three by themselves: the struct would pass through memory, and each call wait for it.
 struct Cells {
   const char* base;
   int64_t row, step;
@@ -151,12 +152,13 @@ LLMOPS_INLINE void accumulate(Cells a, const float* b, int64_t ldb, int64_t n, V
 
 // out [MR][64] = A B, B [n][64]; and the lanes' running maximum, when asked for.
 template <int MR, int NV, bool kPairs>
-LLMOPS_OUTLINE void score_tile(Cells a, const float* b, int64_t n, float* out, float* top) {
+LLMOPS_OUTLINE void score_tile(const char* base, int64_t row, int64_t step, const float* b,
+                               int64_t n, float* out, float* top) {
   Vec acc[MR][NV];
   LLMOPS_UNROLL for (int i = 0; i < MR; ++i) {
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = zero();
   }
-  accumulate<MR, NV, kPairs>(a, b, kLanes, n, acc);
+  accumulate<MR, NV, kPairs>({base, row, step}, b, kLanes, n, acc);
   LLMOPS_UNROLL for (int i = 0; i < MR; ++i) {
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) store(out + i * kLanes + j * W, acc[i][j]);
   }
@@ -171,13 +173,14 @@ LLMOPS_OUTLINE void score_tile(Cells a, const float* b, int64_t n, float* out, f
 
 // out [MR][ldo] = out * alpha + A B, alpha lane-wise, or 1 when null.
 template <int MR, int NV, bool kPairs>
-LLMOPS_OUTLINE void update_tile(Cells a, const float* b, int64_t ldb, int64_t n, float* out,
-                                int64_t ldo, const float* alpha) {
+LLMOPS_OUTLINE void update_tile(const char* base, int64_t row, int64_t step, const float* b,
+                                int64_t ldb, int64_t n, float* out, int64_t ldo,
+                                const float* alpha) {
   Vec acc[MR][NV];
   LLMOPS_UNROLL for (int i = 0; i < MR; ++i) {
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = zero();
   }
-  accumulate<MR, NV, kPairs>(a, b, ldb, n, acc);
+  accumulate<MR, NV, kPairs>({base, row, step}, b, ldb, n, acc);
   if (alpha) {
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) {
       const Vec factor = load(alpha + j * W);
@@ -210,7 +213,8 @@ LLMOPS_OUTLINE void scores(Cells a, const float* b, int64_t n, int keys, int vec
       if (j == end) continue;
       with_constant<kTileRows>(rows, [&](auto r) {
         with_constant<kTileVecs>(end - j, [&](auto v) {
-          score_tile<r.value, v.value, kPairs>(a.at(i, 0), b + j * W, n, out + i * kLanes + j * W,
+          score_tile<r.value, v.value, kPairs>(a.at(i, 0).base, a.row, a.step, b + j * W, n,
+                                               out + i * kLanes + j * W,
                                                top ? top + j * W : nullptr);
         });
       });
@@ -234,9 +238,9 @@ LLMOPS_OUTLINE void update_lanes(Cells a, int64_t rows, const float* b, int vecs
         const int left = rows - d < kTileRows ? static_cast<int>(rows - d) : kTileRows;
         with_constant<kTileRows>(left, [&](auto r) {
           with_constant<kTileVecs>(end - j, [&](auto v) {
-            update_tile<r.value, v.value, kPairs>(a.at(d, done), b + done * kLanes + j * W, kLanes,
-                                                  visible[j] - done, out + d * kLanes + j * W,
-                                                  kLanes, factor);
+            update_tile<r.value, v.value, kPairs>(
+                a.at(d, done).base, a.row, a.step, b + done * kLanes + j * W, kLanes,
+                visible[j] - done, out + d * kLanes + j * W, kLanes, factor);
           });
         });
       }
