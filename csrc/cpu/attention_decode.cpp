@@ -9,6 +9,7 @@
 #include "attention.h"
 
 #include "attention_amx.h"
+#include "attention_decode_streams.h"
 #include "attention_score.h"
 #include "attention_tile.h"
 #include "dot_tile.h"
@@ -17,7 +18,6 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int kRun = 1024;      // keys whose scores are held
 constexpr int kValueKeys = 64;  // keys of V that all rows and columns go over while in cache
 constexpr int kAheadKeys = 32;  // measured (benchmarks/NOTES.md)
 constexpr int kTileKeys = 32;   // keys of a product by AMX
@@ -247,7 +247,7 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   Vec top = set1(-kInf);
   for (int i = 0; i < visible; i += W) {
     const int n = visible - i < W ? visible - i : W;
-    Vec x = load_n(row + i, n, -kInf);
+    Vec x = n == W ? load(row + i) : load_n(row + i, n, -kInf);
     if constexpr (kForm) {
       x = p.softcap == 0.0f ? x * set1(scale) : set1(p.softcap) * tanh(x * set1(scale / p.softcap));
       if (p.slopes)
@@ -264,7 +264,7 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
       x = select(first_n(n), x, set1(-kInf));
     }
     if (i < hidden) x = select(lanes_ge(hidden - i), x, set1(-kInf));
-    store_n(row + i, x, n);
+    if (kForm || i < hidden) store_some(row + i, x, n);
     top = max(x, top);
   }
   const float best = reduce_max(top) * (kNatural ? 1.0f : first_lane(factor));
@@ -275,11 +275,10 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   Vec sum = zero();
   for (int i = 0; i < visible; i += W) {
     const int n = visible - i < W ? visible - i : W;
-    const Vec x = load_n(row + i, n, -kInf);
-    const Vec weight = select(
-        first_n(n),
-        exp2_softmax(kNatural ? (x - set1(shift)) * factor : fma(x, factor, set1(-shift))), zero());
-    store_n(row + i, weight, n);
+    const Vec x = n == W ? load(row + i) : load_n(row + i, n, -kInf);
+    Vec weight = exp2_softmax(kNatural ? (x - set1(shift)) * factor : fma(x, factor, set1(-shift)));
+    if (n < W) weight = select(first_n(n), weight, zero());
+    store_some(row + i, weight, n);
     sum = sum + weight;
   }
   for (int i = visible; i < keys; ++i) row[i] = 0.0f;
@@ -343,29 +342,41 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
   const int64_t end = min64(block.end, part + plan.split_keys);
   for (int64_t key = begin; key < end; key += kRun) {
     const int keys = static_cast<int>(min64(kRun, end - key));
-    KeyRows<T> run;  // all keys, or those of one page
-    for (int i = 0; i < keys; i += run.count) {
-      run = key_run<T>(p, block, p.k, p.k_stride, key + i, keys - i);
-      const auto [k, stride, count] = run;
+    [[maybe_unused]] KeyRows<T> run;  // all keys, or those of one page
+    if constexpr (kStreams > 1) {
+      for_streams<T>(p, block, p.k, p.k_stride, key, keys, [&](const Streams<T>& runs, auto) {
+        score_streams(runs, p.dim, block.count, s.q, ldq, s.s);
+      });
+    } else {
+      for (int i = 0; i < keys; i += run.count) {
+        run = key_run<T>(p, block, p.k, p.k_stride, key + i, keys - i);
+        const auto [k, stride, count] = run;
 #ifdef LLMOPS_HAS_TILES
-      if constexpr (kSums == Sums::tiles) {
-        score_tiles(k, stride, count, p.dim, block.count, s, s.s + i);
-        continue;
-      }
+        if constexpr (kSums == Sums::tiles) {
+          score_tiles(k, stride, count, p.dim, block.count, s, s.s + i);
+          continue;
+        }
 #endif
-      if (block.count == 1 || W == 1) {
-        score_run<T, kPairs, 1>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
-      } else if (block.count == 2) {
-        score_run<T, kPairs, W == 1 ? 1 : 2>(k, stride, count, p.dim, 2, s.q, ldq, s.s + i);
-      } else {
-        score_run<T, kPairs, kRowTile>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+        if (block.count == 1 || W == 1) {
+          score_run<T, kPairs, 1>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+        } else if (block.count == 2) {
+          score_run<T, kPairs, W == 1 ? 1 : 2>(k, stride, count, p.dim, 2, s.q, ldq, s.s + i);
+        } else {
+          score_run<T, kPairs, kRowTile>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+        }
       }
     }
     for (int r = 0; r < block.count; ++r) softmax_row<kForm>(p, block, s, r, key, keys);
-    for (int i = 0; i < keys; i += run.count) {
-      run = key_run<T>(p, block, p.v, p.v_stride, key + i, keys - i);
-      value_run<T, kSums == Sums::pairs>(run.first, run.stride, run.count, p.dim_v, block.count,
-                                         s.s + i, s.o, dim_v);
+    if constexpr (kStreams > 1) {
+      for_streams<T>(p, block, p.v, p.v_stride, key, keys, [&](const Streams<T>& runs, auto known) {
+        value_streams<T, known.value>(runs, p.dim_v, block.count, s.s, s.o, dim_v);
+      });
+    } else {
+      for (int i = 0; i < keys; i += run.count) {
+        run = key_run<T>(p, block, p.v, p.v_stride, key + i, keys - i);
+        value_run<T, kSums == Sums::pairs>(run.first, run.stride, run.count, p.dim_v, block.count,
+                                           s.s + i, s.o, dim_v);
+      }
     }
   }
 
