@@ -312,12 +312,16 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
     s.m[r] = -kInf;
     s.l[r] = 0.0f;
     if (r >= block.count) continue;
-    for (int64_t d = 0; d < p.dim; d += W) {
-      const Vec x = load_some(row[r] + d, p.dim - d) * set1(scale.query);
+    const auto query = [&](int64_t d) __attribute__((always_inline)) {
+      return d < p.dim ? load_some(row[r] + d, p.dim - d) * set1(scale.query) : zero();
+    };
+    for (int64_t d = 0; d < p.dim; d += 2 * W) {
       if constexpr (kPairs) {
-        store_n(reinterpret_cast<bf16*>(s.q + r * ldq) + d, x, clamp_int(p.dim - d, 0, W));
+        bf16* const to = reinterpret_cast<bf16*>(s.q + r * ldq) + d;
+        store_n(to, query(d), clamp_int(p.dim - d, 0, W));
+        store_n(to + W, query(d + W), clamp_int(p.dim - d - W, 0, W));
       } else {
-        store(s.q + r * ldq + d, x);
+        store_row<T>(s.q + r * ldq + d, block.count, query(d), query(d + W));
       }
     }
   }

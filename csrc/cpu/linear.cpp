@@ -62,7 +62,7 @@ LLMOPS_INLINE int64_t padded_rows(int64_t rows) {
 }
 
 template <class T>
-LLMOPS_INLINE void pack_row(const T* x, int64_t k, float* out) {
+LLMOPS_INLINE void pack_row(const T* x, int64_t rows, int64_t k, float* out) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
   if constexpr (Pairs<T>::value) {
     for (int64_t i = 0; i < k; i += 2 * W)
@@ -72,9 +72,10 @@ LLMOPS_INLINE void pack_row(const T* x, int64_t k, float* out) {
 #endif
   const int64_t stride = packed_stride<T>(k);
   int64_t i = 0;
-  for (; i + W <= k; i += W) store(out + i, load(x + i));
-  for (; i < stride; i += W)
-    store(out + i, i < k ? load_n(x + i, static_cast<int>(k - i)) : zero());
+  for (; i + 2 * W <= k; i += 2 * W) store_row<T>(out + i, rows, load(x + i), load(x + i + W));
+  if (i == stride) return;
+  const int left = static_cast<int>(k - i);
+  store_row<T>(out + i, rows, load_n(x + i, left), left > W ? load_n(x + i + W, left - W) : zero());
 }
 
 // x . w without vectors: as many partial sums as AVX2 has lanes, since one alone rounds too often.
@@ -188,7 +189,7 @@ void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_s
     const int64_t stride = packed_stride<T>(k);
     const int64_t all = padded_rows(rows);
     for (int64_t r = 0; r < rows; ++r)
-      pack_row(static_cast<const T*>(x) + r * x_stride, k, packed + r * stride);
+      pack_row(static_cast<const T*>(x) + r * x_stride, rows, k, packed + r * stride);
     for (int64_t i = rows * stride; i < all * stride; i += W) store(packed + i, zero());
   });
 }
