@@ -276,8 +276,8 @@ LLMOPS_OUTLINE void softmax_row(const AttentionParams& p, const QueryBlock& bloc
   for (int i = 0; i < visible; i += W) {
     const int n = visible - i < W ? visible - i : W;
     const Vec x = n == W ? load(row + i) : load_n(row + i, n, -kInf);
-    Vec weight = exp2_softmax(kNatural ? (x - set1(shift)) * factor : fma(x, factor, set1(-shift)));
-    if (n < W) weight = select(first_n(n), weight, zero());
+    const Vec weight =
+        exp2_softmax(kNatural ? (x - set1(shift)) * factor : fma(x, factor, set1(-shift)));
     store_some(row + i, weight, n);
     sum = sum + weight;
   }
