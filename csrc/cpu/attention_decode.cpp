@@ -1,12 +1,12 @@
 // Attention forward for few query rows (Tq * group <= 8) against many keys: one task is one
 // (batch, kv head) and one part of the keys. Formula: attention.h
 //
-// Memory is what costs here, so each row of K and of V is read once, in long runs (AVX2: four of them
-// at a time, attention_decode_streams.h): first the scores of up to 1024 keys, then their softmax,
-// then V. The head dimension runs along the lanes. Scores:
-// W dot products at once, W / R keys by R rows, summed up by one W x W reduction. Values: R x 4
-// accumulators over 64 keys at a time. bf16 multiplies in pairs (vdpbf16ps) where possible; where
-// AMX is, one row does, and the scores of several are tiles. (D + Dv) * element size bytes per key.
+// Memory is what costs here, so each row of K and of V is read once, in long runs (AVX2: four of
+// them at a time, attention_decode_streams.h): first the scores of up to 1024 keys, then their
+// softmax, then V. The head dimension runs along the lanes. Scores: W dot products at once, W / R
+// keys by R rows, summed up by one W x W reduction. Values: R x 4 accumulators over 64 keys at a
+// time. bf16 multiplies in pairs (vdpbf16ps) where possible; where AMX is, one row does, and the
+// scores of several are tiles. (D + Dv) * element size bytes per key.
 #include "attention.h"
 
 #include "attention_amx.h"

@@ -4,11 +4,11 @@
 // Reading W is the cost: element size * N * K bytes for 2 * rows * N * K flops. x is copied once
 // into padded fp32 rows (bf16 ones for vdpbf16ps) and stays in cache; then W rows of weights at a
 // time are multiplied by all of x, in tiles of R rows of x by W / R rows of weights (AVX2: six, by
-// three), lanes along K. The W rows come from eight runs through memory far apart: a processor fetches ahead within a page
-// only, and eight pages at a time go 1.5 times as fast as one. The W sums of a block are formed by
-// one reduction, the bias is added in fp32, and each result is rounded once. Many rows of x go
-// through in panels that stay in L2, which reads W once per panel. bf16 by AMX: linear_amx.h; from
-// 13 rows on in fp32: linear_lanes.h
+// three), lanes along K. The W rows come from eight runs through memory far apart: a processor
+// fetches ahead within a page only, and eight pages at a time go 1.5 times as fast as one. The W
+// sums of a block are formed by one reduction, the bias is added in fp32, and each result is
+// rounded once. Many rows of x go through in panels that stay in L2, which reads W once per panel.
+// bf16 by AMX: linear_amx.h; from 13 rows on in fp32: linear_lanes.h
 #include "linear.h"
 
 #include "dot_tile.h"
