@@ -1,6 +1,6 @@
-// Decode where several runs through memory are read at a time (AVX2): what fetches ahead stops at a
-// page's end, and an AMD processor reads four runs at twice the rate of one (benchmarks/NOTES.md).
-// With AVX-512 that is not measured, and attention_decode.cpp reads one.
+// Decode where several runs through memory are read at a time (AVX2): an AMD processor reads four
+// at twice the rate of one (benchmarks/NOTES.md). With AVX-512 that is not measured, and
+// attention_decode.cpp reads one.
 #pragma once
 #include "attention_score.h"
 #include "attention_tile.h"
