@@ -67,25 +67,56 @@ LLMOPS_INLINE void score_keys(const T* const* key, int count, int64_t dim, const
   }
 }
 
-// Asks for `bytes` of a row that is read kAheadKeys later: beyond a page, and from one token's row
-// to the next, no processor looks ahead. fp32 rows gain nothing.
+// A run, and the first row of the one after it; nullptr after the last.
+template <class T>
+struct Run : KeyRows<T> {
+  const T* next;
+};
+
+// f(run, its first key) of keys [key, key + keys): all of them at one distance, or page by page.
+template <class T, class F>
+LLMOPS_INLINE void for_runs(const AttentionParams& p, const QueryBlock& block, const void* base,
+                            const int64_t* stride, int64_t key, int keys, const F& f) {
+  Run<T> run{key_run<T>(p, block, base, stride, key, keys), nullptr};
+  for (int i = 0, end; i < keys; i = end) {
+    end = i + run.count;
+    KeyRows<T> after{};
+    if (end < keys) after = key_run<T>(p, block, base, stride, key + end, keys - end);
+    run.next = after.first;
+    f(run, i);
+    run = {after, nullptr};
+  }
+}
+
+// What is asked for while row i is read: the row kAheadKeys on, or as far into the next run of
+// fewer. Beyond a page, and from one token's row to the next, no processor
+// looks ahead.
+template <class T>
+LLMOPS_INLINE const T* row_ahead(const Run<T>& run, int i) {
+  const int far = run.count < kAheadKeys ? run.count : kAheadKeys, at = i + far - run.count;
+  if (at < 0) return run.first + (i + far) * run.stride;
+  return run.next + at * run.stride;
+}
 template <class T>
 LLMOPS_INLINE void fetch(const T* row, int64_t bytes) {
-  if (sizeof(T) != 2) return;
   for (int64_t i = 0; i < bytes; i += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
 }
 
 template <class T, bool kPairs, int R>
-LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim, int rows,
-                              const float* q, int64_t ldq, float* s) {
+LLMOPS_OUTLINE void score_run(const Run<T>& run, int64_t dim, int rows, const float* q, int64_t ldq,
+                              float* s) {
   constexpr int K = W / R;
+  const int keys = run.count;
   for (int i = 0; i < keys; i += K) {
     const T* key[K];  // past the end the last key again: computed and not kept
     LLMOPS_UNROLL for (int t = 0; t < K; ++t) key[t] =
-        k + (i + t < keys ? i + t : keys - 1) * stride;
-    if (i + K + kAheadKeys <= keys) {
-      LLMOPS_UNROLL for (int t = 0; t < K; ++t) fetch(key[t] + kAheadKeys * stride, dim * 2);
+        run.first + (i + t < keys ? i + t : keys - 1) * run.stride;
+    if (i + K + kAheadKeys <= keys && (sizeof(T) == 2 || run.next)) {
+      LLMOPS_UNROLL for (int t = 0; t < K; ++t)
+          fetch(key[t] + kAheadKeys * run.stride, dim * sizeof(T));
+    } else if (run.next) {
+      for (int t = i; t < i + K && t < keys; ++t) fetch(row_ahead(run, t), dim * sizeof(T));
     }
     for (int r = 0; r < rows; r += R)
       score_keys<T, kPairs, R>(key, keys - i, dim, q + r * ldq, ldq, s + r * kRun + i);
@@ -94,17 +125,18 @@ LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim,
 
 #ifdef LLMOPS_HAS_TILES
 // The same by AMX, 16 keys by up to 16 rows to a tile of scores, which is then turned.
-[[maybe_unused]] LLMOPS_OUTLINE void score_tiles(const bf16* k, int64_t stride, int keys,
-                                                 int64_t dim, int rows, const Scratch& s,
-                                                 float* out) {
-  for (int i = 0; i < keys; i += kTileKeys, k += kTileKeys * stride) {
-    const int n = keys - i < kTileKeys ? keys - i : kTileKeys;
-    const Cells a = tile_rows(k, stride, n, dim, s.k);
+[[maybe_unused]] LLMOPS_OUTLINE void score_tiles(const Run<bf16>& run, int64_t dim, int rows,
+                                                 const Scratch& s, float* out) {
+  for (int i = 0; i < run.count; i += kTileKeys) {
+    const int n = run.count - i < kTileKeys ? run.count - i : kTileKeys;
+    const int inside = run.count - kAheadKeys - i;
+    const int asked = inside > 0 ? (inside < n ? inside : n) : run.next ? n : 0;
+    const bf16* const ahead = asked > 0 ? row_ahead(run, i) : nullptr;
+    const Cells a = tile_rows(run.first + i * run.stride, run.stride, n, dim, s.k);
     column_products(a.base, a.row, (n + kSide - 1) / kSide, s.q_lanes, padded(dim) / kDepth, s.tile,
                     false);
     for (int t = 0; t < n; t += W) {
-      for (int j = 0; j < W && i + kTileKeys + t + j < keys; ++j)
-        fetch(k + (kTileKeys + t + j) * stride, dim * 2);
+      for (int j = t; j < t + W && j < asked; ++j) fetch(ahead + j * run.stride, dim * 2);
       Vec r[W];
       LLMOPS_UNROLL for (int j = 0; j < W; ++j) r[j] = load(s.tile + (t + j) * W);
       transpose(r);
@@ -119,7 +151,7 @@ LLMOPS_OUTLINE void score_run(const T* k, int64_t stride, int keys, int64_t dim,
 // o [R][ldo] += weights s [R][keys] times v [keys][NV vectors], the last one of `tail` lanes.
 template <class T, int R, int NV, bool kTail>
 LLMOPS_OUTLINE void value_tile(const T* v, int64_t stride, int keys, const float* s, float* o,
-                               int64_t ldo, int tail, int64_t ahead) {
+                               int64_t ldo, int tail, const T* ahead) {
   Vec acc[R][NV];
   LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * W);
@@ -128,7 +160,7 @@ LLMOPS_OUTLINE void value_tile(const T* v, int64_t stride, int keys, const float
     Vec x[NV];
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j) x[j] =
         kTail && j == NV - 1 ? load_n(v + j * W, tail) : load(v + j * W);
-    if (ahead) fetch(v + ahead, NV * W * 2);
+    if (ahead) fetch(ahead + i * stride, NV * W * sizeof(T));
     LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
       const Vec weight = set1(s[r * kRun + i]);
       LLMOPS_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
@@ -156,7 +188,7 @@ LLMOPS_INLINE void pair_weights(const float* s, int keys, float* out) {
 // The same for bf16, two keys to a step (vdpbf16ps) and 2 * NV vectors of columns.
 template <int R, int NV>
 LLMOPS_OUTLINE void value_pairs(const bf16* v, int64_t stride, int keys, const float* s, float* o,
-                                int64_t ldo, int64_t ahead) {
+                                int64_t ldo, const bf16* ahead) {
   Vec acc[R][2 * NV];
   LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
     LLMOPS_UNROLL for (int j = 0; j < 2 * NV; ++j) acc[r][j] = zero();
@@ -167,8 +199,8 @@ LLMOPS_OUTLINE void value_pairs(const bf16* v, int64_t stride, int keys, const f
     LLMOPS_UNROLL for (int j = 0; j < NV; ++j)
         unpack_pairs(load_pairs(v + 2 * j * W), load_pairs(next + 2 * j * W), x + 2 * j);
     if (ahead) {
-      fetch(v + ahead, 4 * NV * W);
-      fetch(next + ahead, 4 * NV * W);
+      fetch(ahead + i * stride, 4 * NV * W);
+      fetch(ahead + (i + 1) * stride, 4 * NV * W);
     }
     LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
       const Vec weight = set1(s[(r * kValueKeys + i) / 2]);
@@ -189,38 +221,42 @@ LLMOPS_OUTLINE void value_pairs(const bf16* v, int64_t stride, int keys, const f
 #endif
 
 template <class T, bool kPairs>
-LLMOPS_INLINE void value_run(const T* v, int64_t stride, int keys, int64_t dim, int rows,
-                             const float* s, float* o, int64_t ldo) {
+LLMOPS_INLINE void value_run(const Run<T>& run, int64_t dim, int rows, const float* s, float* o,
+                             int64_t ldo) {
   constexpr int NV = W == 16 ? 4 : 2;
-  for (int i = 0; i < keys; i += kValueKeys) {
-    const int n = keys - i < kValueKeys ? keys - i : kValueKeys;
+  const int64_t stride = run.stride;
+  for (int i = 0, n; i < run.count; i += n) {
+    // Those whose rows ahead lie in one run.
+    const int inside = run.count - kAheadKeys - i;
+    n = clamp_int(run.next && inside > 0 ? inside : run.count - i, 1, kValueKeys);
+    const T* const v = run.first + i * stride;
+    const T* const next = run.next || (sizeof(T) == 2 && inside >= n) ? row_ahead(run, i) : nullptr;
     for (int r = 0; r < rows; r += kRowTile) {
       const int left = rows - r < kRowTile ? rows - r : kRowTile;
       with_constant<kRowTile>(left, [&](auto count) {
         constexpr int R = decltype(count)::value;
         const float* weights = s + r * kRun + i;
         // What the first rows fetch the others find.
-        const int64_t ahead = r == 0 && i + n + kAheadKeys <= keys ? kAheadKeys * stride : 0;
+        const T* const ahead = r == 0 ? next : nullptr;
+        const auto there = [&](int64_t d) { return ahead ? ahead + d : nullptr; };
         int64_t d = 0;
 #ifdef LLMOPS_HAS_DOT_PAIRS
         if constexpr (kPairs) {
           alignas(64) float pairs[kRowTile * kValueKeys / 2];
           pair_weights<R>(weights, n, pairs);
           for (; d + 4 * W <= dim; d += 4 * W)
-            value_pairs<R, 2>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo, ahead);
+            value_pairs<R, 2>(v + d, stride, n, pairs, o + r * ldo + d, ldo, there(d));
           for (; d + 2 * W <= dim; d += 2 * W)
-            value_pairs<R, 1>(v + i * stride + d, stride, n, pairs, o + r * ldo + d, ldo, ahead);
+            value_pairs<R, 1>(v + d, stride, n, pairs, o + r * ldo + d, ldo, there(d));
         }
 #endif
         for (; d + NV * W <= dim; d += NV * W)
-          value_tile<T, R, NV, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
-                                      W, ahead);
+          value_tile<T, R, NV, false>(v + d, stride, n, weights, o + r * ldo + d, ldo, W, there(d));
         for (; d + W <= dim; d += W)
-          value_tile<T, R, 1, false>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
-                                     W, ahead);
+          value_tile<T, R, 1, false>(v + d, stride, n, weights, o + r * ldo + d, ldo, W, there(d));
         if (d < dim)
-          value_tile<T, R, 1, true>(v + i * stride + d, stride, n, weights, o + r * ldo + d, ldo,
-                                    static_cast<int>(dim - d), ahead);
+          value_tile<T, R, 1, true>(v + d, stride, n, weights, o + r * ldo + d, ldo,
+                                    static_cast<int>(dim - d), there(d));
       });
     }
   }
@@ -347,29 +383,23 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
   const int64_t end = min64(block.end, part + plan.split_keys);
   for (int64_t key = begin; key < end; key += kRun) {
     const int keys = static_cast<int>(min64(kRun, end - key));
-    [[maybe_unused]] KeyRows<T> run;  // all keys, or those of one page
     if constexpr (kStreams > 1) {
       for_streams<T>(p, block, p.k, p.k_stride, key, keys, [&](const Streams<T>& runs, auto) {
         score_streams(runs, p.dim, block.count, s.q, ldq, s.s);
       });
     } else {
-      for (int i = 0; i < keys; i += run.count) {
-        run = key_run<T>(p, block, p.k, p.k_stride, key + i, keys - i);
-        const auto [k, stride, count] = run;
+      for_runs<T>(p, block, p.k, p.k_stride, key, keys, [&](const Run<T>& run, int i) {
 #ifdef LLMOPS_HAS_TILES
-        if constexpr (kSums == Sums::tiles) {
-          score_tiles(k, stride, count, p.dim, block.count, s, s.s + i);
-          continue;
-        }
+        if constexpr (kSums == Sums::tiles) return score_tiles(run, p.dim, block.count, s, s.s + i);
 #endif
         if (block.count == 1 || W == 1) {
-          score_run<T, kPairs, 1>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+          score_run<T, kPairs, 1>(run, p.dim, block.count, s.q, ldq, s.s + i);
         } else if (block.count == 2) {
-          score_run<T, kPairs, W == 1 ? 1 : 2>(k, stride, count, p.dim, 2, s.q, ldq, s.s + i);
+          score_run<T, kPairs, W == 1 ? 1 : 2>(run, p.dim, 2, s.q, ldq, s.s + i);
         } else {
-          score_run<T, kPairs, kRowTile>(k, stride, count, p.dim, block.count, s.q, ldq, s.s + i);
+          score_run<T, kPairs, kRowTile>(run, p.dim, block.count, s.q, ldq, s.s + i);
         }
-      }
+      });
     }
     for (int r = 0; r < block.count; ++r) softmax_row<kForm>(p, block, s, r, key, keys);
     if constexpr (kStreams > 1) {
@@ -377,11 +407,9 @@ LLMOPS_OUTLINE bool run(const AttentionParams& p, int64_t task, void* scratch) {
         value_streams<T, known.value>(runs, p.dim_v, block.count, s.s, s.o, dim_v);
       });
     } else {
-      for (int i = 0; i < keys; i += run.count) {
-        run = key_run<T>(p, block, p.v, p.v_stride, key + i, keys - i);
-        value_run<T, kSums == Sums::pairs>(run.first, run.stride, run.count, p.dim_v, block.count,
-                                           s.s + i, s.o, dim_v);
-      }
+      for_runs<T>(p, block, p.v, p.v_stride, key, keys, [&](const Run<T>& run, int i) {
+        value_run<T, kSums == Sums::pairs>(run, p.dim_v, block.count, s.s + i, s.o, dim_v);
+      });
     }
   }
 
