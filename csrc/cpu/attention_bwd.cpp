@@ -1,17 +1,20 @@
 // Attention backward: one task is one (batch, kv head), or one part of its query blocks, so that dk
 // and dv are summed by one thread in a fixed order. Formula: attention.h
 //
-// For each block of 64 queries and each block of 48 keys (32 by AMX): S^T = K Q^T and dP^T = V
-// dO^T with queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T += K^T dS^T
-// with queries in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into fp32 sums
-// over all keys; bf16 by tiles (AMX), in pairs or widened, as forward, and long fp32 by AMX in bf16
-// parts (attention_split.h), into which keys and values are split once for all queries. What the
-// causal limit hides is skipped as in the forward. 10 * Tq * Tk * D flops per head.
+// For each block of 64 queries and each block of 48 keys (by AMX 64, of fp32 32): S^T = K Q^T and
+// dP^T = V dO^T with queries in lanes; P and dS element-wise from the saved log-sum-exp; dQ^T +=
+// K^T dS^T with queries in lanes; dV += P dO and dK += dS Q with the head dimension in lanes, into
+// fp32 sums over all keys; bf16 by tiles (AMX), in pairs or widened, as forward, and long fp32 by
+// AMX in bf16 parts (attention_split.h), into which keys and values are split once for all queries.
+// What the causal limit hides is skipped as in the forward. 10 * Tq * Tk * D flops per head.
 #include "attention.h"
+
+#include <type_traits>
 
 #include "attention_amx.h"
 #include "attention_bwd_rows.h"
 #include "attention_bwd_split.h"
+#include "attention_bwd_tiles.h"
 #include "attention_dropout.h"
 #include "attention_grad.h"
 #include "attention_score.h"
@@ -50,8 +53,9 @@ LLMOPS_OUTLINE void grad_block(const Scratch& s, int j, int visible, int keys, V
 template <class T, Way kWay, bool kForm>
 struct Backward {
   static constexpr bool kNatural = kForm, kPairs = kWay == Way::pairs || kWay == Way::tiles;
-  static constexpr int64_t kKeys =
-      kWay == Way::tiles || kWay == Way::split ? kGradTiled : kGradKeys;
+  static constexpr int64_t kKeys = kBlockKeys<kWay>;
+  // Of scores.
+  static constexpr LaneSteps kSteps = kWay == Way::tiles ? kTiledSteps : kSideBySide;
   const AttentionGradParams& g;
   const AttentionParams& p;
   const Scratch& s;
@@ -63,13 +67,6 @@ struct Backward {
   // out [keys][64] = rows of k or v times packed queries; the rows as an operand.
   Cells products(const T* rows, int64_t stride, int keys, int64_t dim, float* copy, const float* b,
                  const int* visible, float* out) const {
-    if constexpr (kWay == Way::tiles) {
-#ifdef LLMOPS_HAS_TILES
-      const Cells a = tile_rows(rows, stride, keys, dim, copy);
-      scores_by_tiles(a.base, a.row, b, padded(dim) / kDepth, keys, block.vecs, visible, out);
-      return a;
-#endif
-    }
     const Cells a = key_cells<T, kPairs>(rows, stride, keys, dim, copy);
     scores<kPairs>(a, b, kPairs ? (dim + 1) / 2 : dim, keys, block.vecs, visible, out, nullptr);
     return a;
@@ -88,11 +85,18 @@ struct Backward {
       if (all.crosses(0, key, 0, of))
         all.products(s.split.k + all.strips_of(key), s.split.q, p.dim, of, s.s, nothing);
 #endif
+    } else if constexpr (kWay == Way::tiles) {
+#ifdef LLMOPS_HAS_TILES
+      const TileRows rows = tile_rows(k, p.k_stride[2], keys, p.dim, s.k);
+      for (int j = 0; j < block.vecs; ++j)
+        score_vector(rows, visible[j], s.q, p.dim, j, s.s + j * kSteps.vec);
+#endif
     } else {
       k_cells = products(k, p.k_stride[2], keys, p.dim, s.k, s.q, visible, s.s);
     }
     if (kForm || block.cuts(key, keys))
-      modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, nullptr, s.lanes.slope);
+      modify_scores<kForm>(p, block, key, keys, visible, s.s, s.bias, nullptr, s.lanes.slope,
+                           kSteps);
     return k_cells;
   }
 
@@ -108,20 +112,21 @@ struct Backward {
     }
     int visible[kBlockVecs];
     // Strips hold whole blocks of keys.
-    const int64_t begin = kWay == Way::split ? block.begin / kKeys * kKeys : block.begin;
+    const bool whole = kWay == Way::split || kWay == Way::tiles;
+    const int64_t begin = whole ? block.begin / kKeys * kKeys : block.begin;
     for (int64_t key = begin; key < block.end; key += kKeys) {
       block_scores(key, static_cast<int>(min64(kKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
-        const float* score = s.s + j * W;
+        const float* score = s.s + j * kSteps.vec;
         const Vec before = load(s.lanes.lse + j * W);
         Vec top = before;
-        for (int k = 0; k < visible[j]; ++k) top = max(load(score + k * kLanes), top);
+        for (int k = 0; k < visible[j]; ++k) top = max(load(score + k * kSteps.row), top);
         // Not inf - inf, of either sign.
         const Vec shift = select(equal(top, set1(-kInf)), zero(), top);
         const Vec fade = select(equal(before, top), zero(), before - shift);
         Vec sum = load(s.lanes.norm + j * W) * exp2_softmax(fade * factor());
         for (int k = 0; k < visible[j]; ++k)
-          sum = sum + probability<kNatural>(load(score + k * kLanes), shift, factor());
+          sum = sum + probability<kNatural>(load(score + k * kSteps.row), shift, factor());
         store(s.lanes.lse + j * W, top);
         store(s.lanes.norm + j * W, sum);
       }
@@ -143,25 +148,14 @@ struct Backward {
     for (int j = 0; j < block.vecs; ++j)
       if (visible[j] > 0) grad_block<kPairs, kNatural>(s, j, visible[j], keys, factor());
 
-#ifdef LLMOPS_HAS_TILES
-    if constexpr (kWay == Way::tiles) {
-      const auto add = [&](bf16* a, const float* b, int64_t ld, float* sums) {
-        add_to_keys_by_tiles(a, b, ld, block.count, block.vecs, visible, keys, sums, s.sums);
-      };
-      add(s.p16, s.g_rows, dim_v, dv + key * dim_v);
-      add(s.ds16, s.q_rows, dim, dk + key * dim);
-      transpose_rows(k, p.k_stride[2], keys, p.dim, s.k_pairs, kGradTiled / 2);
-      update_by_tiles(s.k_pairs, kGradTiled / 2, p.dim, s.ds_pairs, block.vecs, visible, s.dq);
-      return;
-    }
-#endif
     const Cells p_cells = kPairs ? cells(s.p16, kLanes * 2, 4) : cells(s.s, kLanes * 4, 4);
     const Cells ds_cells = kPairs ? cells(s.ds16, kLanes * 2, 4) : cells(s.dp, kLanes * 4, 4);
     add_to_keys<kPairs>(p_cells, s.g_rows, dim_v, block, visible, keys, dv + key * dim_v);
     add_to_keys<kPairs>(ds_cells, s.q_rows, dim, block, visible, keys, dk + key * dim);
     if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-      pack_row_pairs([&](int64_t i) { return k + i * p.k_stride[2]; }, keys, p.dim, s.k_pairs, dim);
+      pack_row_pairs([&](int64_t i) { return k + i * p.k_stride[2]; }, keys, p.dim, s.k_pairs,
+                     {dim, W});
       k_cells = cells(s.k_pairs, dim * 4, 4);
       for (int j = 0; j < block.vecs; ++j) visible[j] = (visible[j] + 1) / 2;
 #endif
@@ -179,12 +173,15 @@ struct Backward {
     const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
     if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
-      pack_lane_pairs(q, block.count, p.dim, sign < 0.0f, kSideBySide, s.q);
-      pack_lane_pairs(grad, block.count, p.dim_v, false, kSideBySide, s.g);
+      pack_lane_pairs(q, block.count, p.dim, sign < 0.0f, lane_steps<kWay>(dim / 2), s.q);
+      pack_lane_pairs(grad, block.count, p.dim_v, false, lane_steps<kWay>(dim_v / 2), s.g);
       const int64_t rows = kWay == Way::tiles ? round_up(block.count, 32) : block.count;
       for (int64_t i = block.count; i < rows; ++i) q[i] = grad[i] = static_cast<const T*>(s.zeros);
-      pack_row_pairs([&](int64_t i) { return q[i]; }, rows, p.dim, s.q_rows, dim);
-      pack_row_pairs([&](int64_t i) { return grad[i]; }, rows, p.dim_v, s.g_rows, dim_v);
+      const auto steps = [](int64_t dim) {
+        return kWay == Way::tiles ? kTiledRows : LaneSteps{dim, W};
+      };
+      pack_row_pairs([&](int64_t i) { return q[i]; }, rows, p.dim, s.q_rows, steps(dim));
+      pack_row_pairs([&](int64_t i) { return grad[i]; }, rows, p.dim_v, s.g_rows, steps(dim_v));
 #endif
     } else {
       pack_lanes(q, block.count, p.dim, sign, s.q);
@@ -202,10 +199,11 @@ struct Backward {
       }
 #endif
     }
+    const LaneSteps steps = lane_steps<kWay>(dim);
     // Two vectors share a strip, though the second may hold no row.
     for (int j = 0; j < (kWay == Way::split ? kBlockVecs : block.vecs); ++j) {
       const int64_t rows = round_up(p.dim, kWholeRows<kWay>);
-      for (int64_t d = 0; d < rows; ++d) store(s.dq + d * kLanes + j * W, zero());
+      for (int64_t d = 0; d < rows; ++d) store(s.dq + d * steps.row + j * steps.vec, zero());
       store(s.factor + j * W, set1(p.scale));
     }
     if (kNatural && needs_norm(block, s.lanes)) normalize();
@@ -218,7 +216,7 @@ struct Backward {
   void finish_rows() const {
     T* dq[kLanes];
     block_rows(block, static_cast<T*>(g.dq), g.dq_stride, dq);
-    unpack_lanes(s.dq, kSideBySide, block.count, p.dim, s.factor, dq);
+    unpack_lanes(s.dq, lane_steps<kWay>(padded(p.dim)), block.count, p.dim, s.factor, dq);
   }
 
   void run_block(int64_t group, int64_t index) const {
@@ -252,21 +250,21 @@ LLMOPS_INLINE AttentionTask task_of_grad(const AttentionParams& p, int64_t task)
 #ifdef LLMOPS_HAS_TILES
 // A group's blocks of queries from `index` on, `step` apart. rows: scratch of as many as share
 // keys.
-template <bool kForm>
-void run_split(const AttentionGradParams& g, const AttentionSequence& sequence, int64_t group,
-               int64_t index, int64_t step, const Scratch* rows, float* dk, float* dv) {
-  using Block = Backward<float, Way::split, kForm>;
-  const int shared = shared_blocks(g.fwd);
+template <class T, Way kWay, bool kForm>
+void run_shared(const AttentionGradParams& g, const AttentionSequence& sequence, int64_t group,
+                int64_t index, int64_t step, const Scratch* rows, float* dk, float* dv) {
+  using Block = Backward<T, kWay, kForm>;
+  using Shared = std::conditional_t<kWay == Way::split, SplitBackward<kForm>, TiledBackward<kForm>>;
+  const int shared = shared_blocks<kWay>(g.fwd);
   QueryBlock block[kGradShared];
   begin_tiles();
-  split_keys<float>(g.fwd, sequence, group, rows[0].split);
+  if constexpr (kWay == Way::split) split_keys<T>(g.fwd, sequence, group, rows[0].split);
   while (index < sequence.plan.blocks) {
     int count = 0;
     for (; count < shared && index < sequence.plan.blocks; ++count, index += step)
       Block{g, g.fwd, rows[count], block[count], dk, dv}.begin_rows(group, index);
-    SplitBackward<kForm>{
-        g.fwd, rows, block, count, Block{g, g.fwd, rows[0], block[0], dk, dv}.factor(), dk, dv}
-        .run();
+    const Vec factor = Block{g, g.fwd, rows[0], block[0], dk, dv}.factor();
+    Shared{g.fwd, rows, block, count, factor, dk, dv}.run();
     for (int i = 0; i < count; ++i) Block{g, g.fwd, rows[i], block[i], dk, dv}.finish_rows();
   }
   end_tiles();
@@ -294,26 +292,24 @@ LLMOPS_OUTLINE void run(const AttentionGradParams& g, int64_t task, void* scratc
   fill_zero(dk, keys * dim);
   fill_zero(dv, keys * dim_v);
   fill_zero(static_cast<float*>(s.zeros), dim > dim_v ? dim : dim_v);
-  if constexpr (kWay == Way::split) {
+  if constexpr (kWay == Way::split || kWay == Way::tiles) {
 #ifdef LLMOPS_HAS_TILES
     Scratch rows[kGradShared] = {s};
-    for (int i = 1; i < shared_blocks(p); ++i) {
+    for (int i = 1; i < shared_blocks<kWay>(p); ++i) {
       rows[i] = s;
       layout_rows<kWay>(p, arena, rows[i]);
+      if (kWay == Way::tiles) {
+        rows[i].q_rows = s.q_rows + i * kBlockRowPairs;
+        rows[i].g_rows = s.g_rows + i * kBlockRowPairs;
+      }
     }
-    run_split<kForm>(g, sequence, of.group, of.index, parts, rows, dk, dv);
+    run_shared<T, kWay, kForm>(g, sequence, of.group, of.index, parts, rows, dk, dv);
 #endif
   } else {
     QueryBlock block;
     const Backward<T, kWay, kForm> backward{g, p, s, block, dk, dv};
-#ifdef LLMOPS_HAS_TILES
-    if (kWay == Way::tiles) begin_tiles();
-#endif
     for (int64_t index = of.index; index < sequence.plan.blocks; index += parts)
       backward.run_block(of.group, index);
-#ifdef LLMOPS_HAS_TILES
-    if (kWay == Way::tiles) end_tiles();
-#endif
   }
   if (parts > 1) return;
   for (int64_t key = 0; key < keys; ++key)
@@ -353,11 +349,14 @@ int64_t attention_bwd_scratch(const AttentionGradParams& g) {
   if (g.fwd.type != DType::f32)
     layout<bf16, kHasTiles ? Way::tiles : Way::pairs, kModified>(g.fwd, pairs);
 #ifdef LLMOPS_HAS_TILES
+  Scratch other{};
+  for (int i = 1; g.fwd.type == DType::bf16 && i < shared_blocks<Way::tiles>(g.fwd); ++i)
+    layout_rows<Way::tiles>(g.fwd, pairs, other);
   // Strips of all keys are large: not for sequences none of which takes them.
   if (takes_split(g.fwd, {0, g.fwd.queries, 0, g.fwd.keys, nullptr, g.fwd.plan, 0})) {
     layout<float, Way::split, kModified>(g.fwd, pairs);
-    Scratch other{};
-    for (int i = 1; i < shared_blocks(g.fwd); ++i) layout_rows<Way::split>(g.fwd, pairs, other);
+    for (int i = 1; i < shared_blocks<Way::split>(g.fwd); ++i)
+      layout_rows<Way::split>(g.fwd, pairs, other);
   }
 #endif
   if (pairs.next > arena.next) arena.next = pairs.next;

@@ -8,8 +8,12 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int64_t kGradTiled = 32;  // keys of a block by AMX; at most kGradKeys
-constexpr int kGradShared = 4;      // most blocks of queries that share keys in strips
+constexpr int64_t kGradTiled = 32;  // keys of a block in strips; at most kGradKeys
+constexpr int kGradShared = 4;      // most blocks of queries that share keys by AMX
+template <Way kWay>
+constexpr int64_t kBlockKeys = kWay == Way::tiles   ? kTiledKeys
+                               : kWay == Way::split ? kGradTiled
+                                                    : kGradKeys;
 
 // Strips of fp32 by AMX (attention_split.h).
 struct GradStrips {
@@ -22,16 +26,18 @@ struct GradStrips {
 };
 
 struct Scratch {
-  float *q, *g;            // [padded D][64], [padded Dv][64]; half as many rows in pairs
-  float *q_rows, *g_rows;  // [64][padded D], [64][padded Dv]; pairs: [32][...], two queries a cell
-  float *s, *dp;           // [kGradKeys][64]; of strips two of them
-  float* dq;               // [padded D][64]
-  float *k, *v;            // a block of keys and values, widened
-  float* k_pairs;          // [kGradKeys / 2][padded D]; tiles: [padded D][kGradTiled / 2]
-  float* sums;             // by AMX: [kGradTiled][the wider padded dimension]
+  // [padded D][64], [padded Dv][64]; half as many rows in pairs; lane_steps
+  float *q, *g;
+  // [64][padded D], [64][padded Dv]; pairs: [32][...], two queries a cell; kTiledRows
+  float *q_rows, *g_rows;
+  float *s, *dp;   // [kGradKeys][64]; of strips two of them; tiles: of each vector [kTiledKeys][16]
+  float* dq;       // [padded D][64]; lane_steps
+  float *k, *v;    // a block of keys and values, widened
+  float* k_pairs;  // [kGradKeys / 2][padded D]; tiles: [padded D][kTiledKeys / 2]
+  float* sums;     // by AMX: [kBlockKeys][the wider padded dimension]
   GradStrips split;
-  bf16 *p16, *ds16;  // [kGradKeys][64]
-  float* ds_pairs;   // [kGradKeys / 2][64]
+  bf16 *p16, *ds16;  // [kGradKeys][64]; TiledCross
+  float* ds_pairs;   // [kGradKeys / 2][64]; TiledCross
   float *bias, *factor;
   void* zeros;
   GradLanes lanes;
@@ -40,13 +46,19 @@ struct Scratch {
 LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
 
 // What each block of rows has of its own.
+constexpr int64_t kBlockRowPairs = kLanes / 2 * W;  // floats of a vector of columns
+// Of q_rows and g_rows by tiles: a vector's columns of all blocks follow each other.
+constexpr LaneSteps kTiledRows{W, kGradShared * kBlockRowPairs};
+
 template <Way kWay>
 LLMOPS_INLINE void layout_rows(const AttentionParams& p, Arena& arena, Scratch& s) {
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   s.q = arena.take<float>(dim * kLanes);
   s.g = arena.take<float>(dim_v * kLanes);
-  s.q_rows = arena.take<float>(dim * kLanes);
-  s.g_rows = arena.take<float>(dim_v * kLanes);
+  if (kWay != Way::tiles) {
+    s.q_rows = arena.take<float>(dim * kLanes);
+    s.g_rows = arena.take<float>(dim_v * kLanes);
+  }
   s.dq = arena.take<float>(dim * kLanes);
 #ifdef LLMOPS_HAS_TILES
   if (kWay == Way::split) {
@@ -65,8 +77,9 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);
   Scratch s{};
   layout_rows<kWay>(p, arena, s);
-  s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * kGradKeys * kLanes);
-  s.dp = arena.take<float>((kWay == Way::split ? 2 : 1) * kGradKeys * kLanes);
+  constexpr int64_t keys = kWay == Way::tiles ? kTiledKeys : kGradKeys;
+  s.s = arena.take<float>((kWay == Way::split ? 2 : 1) * keys * kLanes);
+  s.dp = arena.take<float>((kWay == Way::split ? 2 : 1) * keys * kLanes);
   if (kWay == Way::split) {
 #ifdef LLMOPS_HAS_TILES
     s.sums = arena.take<float>(kGradTiled * max64(dim, dim_v));
@@ -80,18 +93,23 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
 #endif
   } else if (kWay != Way::widened) {
     const bool tiles = kWay == Way::tiles;
-    s.k = arena.take<float>(tiles || p.dim % 2 ? kGradKeys * dim / 2 : 0);
-    s.v = arena.take<float>(tiles || p.dim_v % 2 ? kGradKeys * dim_v / 2 : 0);
-    s.sums = arena.take<float>(tiles ? kGradTiled * max64(dim, dim_v) : 0);
-    s.k_pairs = arena.take<float>(kGradKeys / 2 * dim);
-    s.p16 = arena.take<bf16>(kGradKeys * kLanes);
-    s.ds16 = arena.take<bf16>(kGradKeys * kLanes);
-    s.ds_pairs = arena.take<float>(kGradKeys / 2 * kLanes);
+    s.k = arena.take<float>(tiles || p.dim % 2 ? keys * dim / 2 : 0);
+    s.v = arena.take<float>(tiles || p.dim_v % 2 ? keys * dim_v / 2 : 0);
+    s.sums = arena.take<float>(tiles ? keys * max64(dim, dim_v) : 0);
+    s.k_pairs = arena.take<float>(keys / 2 * dim);
+    const int64_t blocks = tiles ? kGradShared : 1;
+    s.p16 = arena.take<bf16>(blocks * keys * kLanes);
+    s.ds16 = arena.take<bf16>(blocks * keys * kLanes);
+    s.ds_pairs = arena.take<float>(blocks * keys / 2 * kLanes);
+    if (tiles) {
+      s.q_rows = arena.take<float>(dim / W * kTiledRows.vec);
+      s.g_rows = arena.take<float>(dim_v / W * kTiledRows.vec);
+    }
   } else if (sizeof(T) == 2) {
     s.k = arena.take<float>(kGradKeys * dim);
     s.v = arena.take<float>(kGradKeys * dim_v);
   }
-  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(kGradKeys));
+  if (kForm && p.mask_kind != ScoreMask::none) s.bias = arena.take<float>(mask_scratch(keys));
   s.zeros = arena.take<float>(dim > dim_v ? dim : dim_v);
   return s;
 }
@@ -99,7 +117,9 @@ LLMOPS_INLINE Scratch layout(const AttentionParams& p, Arena& arena) {
 #ifdef LLMOPS_HAS_TILES
 // How many blocks do: what each holds is read again for every key, and what all keys hold once.
 // Whichever of the two is larger should be read the less often.
+template <Way kWay>
 LLMOPS_INLINE int shared_blocks(const AttentionParams& p) {
+  if (kWay == Way::tiles) return kGradShared;
   constexpr int64_t kMuch = 2 << 20;  // of the second-level cache
   const int64_t next = 2 * strips_size(kGradTiled, p.dim) + strips_size(kGradTiled, p.dim_v);
   const bool wide = p.dim + p.dim_v > 256;

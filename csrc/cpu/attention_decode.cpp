@@ -132,8 +132,8 @@ LLMOPS_OUTLINE void score_run(const Run<T>& run, int64_t dim, int rows, const fl
     const int inside = run.count - kAheadKeys - i;
     const int asked = inside > 0 ? (inside < n ? inside : n) : run.next ? n : 0;
     const bf16* const ahead = asked > 0 ? row_ahead(run, i) : nullptr;
-    const Cells a = tile_rows(run.first + i * run.stride, run.stride, n, dim, s.k);
-    column_products(a.base, a.row, (n + kSide - 1) / kSide, s.q_lanes, padded(dim) / kDepth, s.tile,
+    const TileRows a = tile_rows(run.first + i * run.stride, run.stride, n, dim, s.k);
+    column_products(a, (n + kSide - 1) / kSide, s.q_lanes, padded(dim) / kDepth, s.tile, kSide,
                     false);
     for (int t = 0; t < n; t += W) {
       for (int j = t; j < t + W && j < asked; ++j) fetch(ahead + j * run.stride, dim * 2);

@@ -69,7 +69,8 @@ LLMOPS_INLINE void add_keys(const AttentionParams& p, const QueryBlock& block, c
   if constexpr (kPairs) {
 #ifdef LLMOPS_HAS_DOT_PAIRS
     for (int j = 0; j < block.vecs; ++j) visible[j] = (visible[j] + 1) / 2;
-    pack_row_pairs([&](int64_t i) { return v.first + i * v.stride; }, keys, p.dim_v, s.v, dim_v);
+    pack_row_pairs([&](int64_t i) { return v.first + i * v.stride; }, keys, p.dim_v, s.v,
+                   {dim_v, W});
     v_cells = cells(s.v, 4, dim_v * 4);
 #endif
   } else if constexpr (sizeof(T) == 2) {

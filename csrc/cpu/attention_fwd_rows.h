@@ -15,11 +15,6 @@ constexpr int64_t kKeys = kWay == Way::split || kWay == Way::tiles ? 64 : 96;
 // Tiles take one vector of queries after the other.
 template <Way kWay>
 constexpr int kRow = kWay == Way::tiles ? W : kLanes;
-// How packed queries, or O, of `rows` rows lie.
-template <Way kWay>
-LLMOPS_INLINE LaneSteps lane_steps(int64_t rows) {
-  return kWay == Way::tiles ? LaneSteps{W, rows * W} : kSideBySide;
-}
 
 constexpr uint32_t kAllLanes = (1u << W) - 1;
 

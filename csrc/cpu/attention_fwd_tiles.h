@@ -42,7 +42,7 @@ struct TiledForward {
     const KeyRows<bf16> v =
         key_rows(p, block[0], p.v, p.v_stride, key, keys, p.dim_v, static_cast<bf16*>(s.v_page));
     // Rows of tokens far apart would fall on few sets of the first-level cache.
-    const Cells a = tile_rows(k.first, k.stride, keys, p.dim, s.k, k.stride == p.dim);
+    const TileRows a = tile_rows(k.first, k.stride, keys, p.dim, s.k, k.stride == p.dim);
     transpose_rows(v.first, v.stride, keys, p.dim_v, s.v, kKeys<Way::tiles> / 2);
     for (int i = 0; i < count; ++i) {
       if (key < block[i].end && key + keys > block[i].begin)
@@ -50,7 +50,7 @@ struct TiledForward {
     }
   }
 
-  void add_to_block(const QueryBlock& of, const Scratch& s, Cells k, int64_t key, int keys) {
+  void add_to_block(const QueryBlock& of, const Scratch& s, TileRows k, int64_t key, int keys) {
     const int64_t dim = round_up(p.dim, kDepth), dim_v = round_up(p.dim_v, kDepth);
     int visible[kBlockVecs];
     for (int j = 0; j < of.vecs; ++j) visible[j] = clamp_int(of.vec_limit[j] - key, 0, keys);
@@ -61,8 +61,8 @@ struct TiledForward {
     for (int j = 0; j < of.vecs; ++j) {
       const int seen = visible[j];
       if (seen == 0) continue;
-      column_products(k.base, k.row, (seen + kSide - 1) / kSide, s.q + j * (dim / 2 * W),
-                      dim / kDepth, s.s, false);
+      column_products(k, (seen + kSide - 1) / kSide, s.q + j * (dim / 2 * W), dim / kDepth, s.s,
+                      kSide, false);
       const Vec top =
           cut ? modify_vector<kForm>(p, of, key, modifiers, seen, j, s.s, W, s.bias, nullptr)
               : max_of_rows(s.s, seen);
@@ -72,9 +72,9 @@ struct TiledForward {
       for (int i = (seen + 1) / 2; i < round_up(seen, kDepth) / 2; ++i)
         store(s.pairs + i * W, zero());
       rescale(o, alpha);
-      column_products(reinterpret_cast<const char*>(s.v), kKeys<Way::tiles> * 2,
+      column_products({reinterpret_cast<const char*>(s.v), kKeys<Way::tiles> * 2},
                       (p.dim_v + kSide - 1) / kSide, s.pairs, (seen + kDepth - 1) / kDepth, o,
-                      true);
+                      kSide, true);
     }
   }
   void finish() const {}

@@ -7,7 +7,8 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int64_t kGradKeys = 48;  // of one block: S and dP stay in the first-level cache
+constexpr int64_t kGradKeys = 48;   // of one block: S and dP stay in the first-level cache
+constexpr int64_t kTiledKeys = 64;  // of one by tiles, whose vectors of queries take turns
 
 // Rows past a vector's visible keys, up to here, are read as zeros by the dk and dv tiles.
 LLMOPS_INLINE int tile_end(int visible, int keys) {
@@ -20,7 +21,7 @@ struct GradLanes {
   float* lse;    // in the unit of the scores' exponent; +inf for a row that saw nothing
   float* delta;  // dout . out - dlse
   float* norm;   // what is left to divide P by: 1, unless lse is too large to resolve it
-  // Of a block of keys, [kGradKeys][64], or null:
+  // Of a block of keys, [kTiledKeys][64], or null:
   float* keep;   // dropout's factor of P
   float* slope;  // the soft cap's derivative
 };
@@ -29,8 +30,8 @@ LLMOPS_INLINE GradLanes take_grad_lanes(const AttentionParams& p, Arena& arena) 
   lanes.lse = arena.take<float>(kLanes);
   lanes.delta = arena.take<float>(kLanes);
   lanes.norm = arena.take<float>(kLanes);
-  if (p.dropout.active) lanes.keep = arena.take<float>(kGradKeys * kLanes);
-  if (p.softcap != 0.0f) lanes.slope = arena.take<float>(kGradKeys * kLanes);
+  if (p.dropout.active) lanes.keep = arena.take<float>(kTiledKeys * kLanes);
+  if (p.softcap != 0.0f) lanes.slope = arena.take<float>(kTiledKeys * kLanes);
   return lanes;
 }
 

@@ -326,17 +326,17 @@ LLMOPS_INLINE Vec modify_vector(const AttentionParams& p, const QueryBlock& bloc
   }
 }
 
-// The same for scores s [keys][64]. top, if not null: the lanes' maximum. Vectors that see no key
-// are left as they are.
+// The same for scores s [keys][64], which lie as `steps` say. top, if not null: the lanes' maximum.
+// Vectors that see no key are left as they are.
 template <bool kForm>
 LLMOPS_OUTLINE void modify_scores(const AttentionParams& p, const QueryBlock& block, int64_t key,
                                   int keys, const int* visible, float* s, float* bias, float* top,
-                                  float* slope) {
+                                  float* slope, LaneSteps steps = kSideBySide) {
   const Modifiers modifiers = begin_modifiers<kForm>(p, block, key, keys, visible, bias);
   for (int j = 0; j < block.vecs; ++j) {
     if (visible[j] == 0) continue;
-    const Vec m = modify_vector<kForm>(p, block, key, modifiers, visible[j], j, s + j * W, kLanes,
-                                       bias, slope);
+    const Vec m = modify_vector<kForm>(p, block, key, modifiers, visible[j], j, s + j * steps.vec,
+                                       steps.row, bias, slope);
     if (top) store(top + j * W, m);
   }
 }

@@ -47,6 +47,12 @@ struct LaneSteps {
   int64_t row, vec;
 };
 constexpr LaneSteps kSideBySide{kLanes, W};
+// How packed queries, O or dQ, of `rows` rows lie: tiles take one vector of queries after the
+// other.
+template <Way kWay>
+LLMOPS_INLINE LaneSteps lane_steps(int64_t rows) {
+  return kWay == Way::tiles ? LaneSteps{W, rows * W} : kSideBySide;
+}
 
 // Called once per block: inlining these everywhere would cost minutes of compiling.
 #define LLMOPS_OUTLINE __attribute__((noinline))
@@ -331,18 +337,20 @@ LLMOPS_OUTLINE void widen_rows(const T* in, int64_t stride, int64_t rows, int64_
   }
 }
 
-// out [ceil(rows / 2)][ld]: cell (i, d) is (in[2i][d], in[2i + 1][d]); ld a multiple of 32.
+// out [ceil(rows / 2)][dim up to the next 32nd]: cell (i, d) is (in[2i][d], in[2i + 1][d]); how
+// its rows and vectors of columns lie, as packed lanes do.
 template <class Row>
 LLMOPS_OUTLINE void pack_row_pairs(const Row& row, int64_t rows, int64_t dim, float* out,
-                                   int64_t ld) {
+                                   LaneSteps steps) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bf16 *x = row(i), *y = i + 1 < rows ? row(i + 1) : nullptr;
     for (int64_t d = 0; d < dim; d += 2 * W) {
       const int n = clamp_int(dim - d, 0, 2 * W);
       Vec pairs[2];
       interleave_pairs(load_pairs_n(x + d, n), y ? load_pairs_n(y + d, n) : zero(), pairs);
-      store(out + i / 2 * ld + d, pairs[0]);
-      store(out + i / 2 * ld + d + W, pairs[1]);
+      float* const to = out + i / 2 * steps.row + d / W * steps.vec;
+      store(to, pairs[0]);
+      store(to + steps.vec, pairs[1]);
     }
   }
 }
