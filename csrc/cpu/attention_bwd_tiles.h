@@ -38,8 +38,9 @@ struct TiledCross {
 };
 
 // P and dS of the vectors j and j + 1, up to the next 32nd key that one of them sees: by key, two
-// vectors a row, and dS by pairs of keys, each vector by itself. What is not seen becomes 0.
-template <bool kNatural, bool kWhole>
+// vectors a row, and dS by pairs of keys, each vector by itself. What is not seen becomes 0. kVecs:
+// 1 where the second sees nothing; kWhole: all seen by both.
+template <bool kNatural, int kVecs, bool kWhole>
 LLMOPS_OUTLINE void pair_gradients(const Scratch& s, const GradLanes& lanes, const TiledCross& of,
                                    int j, int keys, Vec factor) {
   Vec lse[kPairVecs], delta[kPairVecs], norm[kPairVecs];
@@ -53,8 +54,8 @@ LLMOPS_OUTLINE void pair_gradients(const Scratch& s, const GradLanes& lanes, con
   for (int k = 0; k < keys; k += 2) {
     Vec rows[2];
     LLMOPS_UNROLL for (int h = 0; h < 2; ++h) {
-      Vec p[kPairVecs], ds[kPairVecs];
-      LLMOPS_UNROLL for (int v = 0; v < kPairVecs; ++v) {
+      Vec p[kPairVecs] = {zero(), zero()}, ds[kPairVecs] = {zero(), zero()};
+      LLMOPS_UNROLL for (int v = 0; v < kVecs; ++v) {
         const int64_t from = v * kTiledSteps.vec + (k + h) * kTiledSteps.row;
         const int64_t at = (k + h) * kLanes + (j + v) * W;
         const Vec grad = load(s.dp + from);
@@ -160,10 +161,12 @@ struct TiledBackward {
                                lanes.slope);
       }
       const int whole = static_cast<int>(round_up(of.seen[j / kPairVecs], kDepth));
-      if (of.visible[j] == whole && of.visible[j + 1] == whole) {
-        pair_gradients<kForm, true>(s, lanes, of, j, whole, factor);
+      if (of.visible[j + 1] == 0) {
+        pair_gradients<kForm, 1, false>(s, lanes, of, j, whole, factor);
+      } else if (of.visible[j] == whole && of.visible[j + 1] == whole) {
+        pair_gradients<kForm, 2, true>(s, lanes, of, j, whole, factor);
       } else {
-        pair_gradients<kForm, false>(s, lanes, of, j, whole, factor);
+        pair_gradients<kForm, 2, false>(s, lanes, of, j, whole, factor);
       }
     }
   }
