@@ -117,9 +117,10 @@ LLMOPS_INLINE void add_values(const Streams<T>& runs, int i, int64_t dim, const 
     Vec x[S];
     LLMOPS_UNROLL for (int t = 0; t < S; ++t) x[t] = load_row(v[t] + d);
     LLMOPS_UNROLL for (int r = 0; r < R; ++r) {
-      Vec sum = load(o + r * ldo + d);
-      LLMOPS_UNROLL for (int t = 0; t < S; ++t) sum = fma(weight[r][t], x[t], sum);
-      store(o + r * ldo + d, sum);
+      // By itself, then added: the exacter, and o waits for one addition, not for S products.
+      Vec sum = weight[r][0] * x[0];
+      LLMOPS_UNROLL for (int t = 1; t < S; ++t) sum = fma(weight[r][t], x[t], sum);
+      store(o + r * ldo + d, load(o + r * ldo + d) + sum);
     }
   };
   int64_t d = 0;
