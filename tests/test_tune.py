@@ -90,6 +90,25 @@ def test_tune_shares_the_compiling(tmp_path: Path) -> None:
     assert out.strip() == "[1, 2, 3, 4, 8] [1, 3]"
 
 
+UNWRITABLE = """
+import argparse, torch
+from llmops.bench import cases, tune
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_name = lambda: "none"
+cases.collect = lambda *a, **k: print("searched")
+try:
+    tune.run(argparse.Namespace(ops=[], jobs=1, share=None))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_tune_asks_for_its_file_before_it_searches(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = in_fresh_python(UNWRITABLE, tmp_path / "file" / "tuned.json", "1")
+    assert "searched" not in out and "LLMOPS_TUNED to a file that can be written" in out
+
+
 def test_tune_file_serves_later_processes_of_the_same_device(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "tuned.json"
     save = """

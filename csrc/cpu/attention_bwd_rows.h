@@ -45,11 +45,11 @@ struct Scratch {
 
 LLMOPS_INLINE int64_t padded(int64_t dim) { return round_up(dim, 2 * W); }
 
-// What each block of rows has of its own.
-constexpr int64_t kBlockRowPairs = kLanes / 2 * W;  // floats of a vector of columns
-// Of q_rows and g_rows by tiles: a vector's columns of all blocks follow each other.
+// Of q_rows and g_rows by tiles: a vector's columns of all blocks of queries follow each other.
+constexpr int64_t kBlockRowPairs = kLanes / 2 * W;  // floats of one block's
 constexpr LaneSteps kTiledRows{W, kGradShared * kBlockRowPairs};
 
+// What each block of rows has of its own; by tiles q_rows and g_rows are parts of one array.
 template <Way kWay>
 LLMOPS_INLINE void layout_rows(const AttentionParams& p, Arena& arena, Scratch& s) {
   const int64_t dim = padded(p.dim), dim_v = padded(p.dim_v);

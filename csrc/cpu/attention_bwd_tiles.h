@@ -1,8 +1,9 @@
-// The backward of bf16 by AMX (amx.h), in the forward's form (attention_fwd_tiles.h): two vectors
-// of 16 queries go through scores, gradients and dQ of 64 keys before the next two do, then P and
-// dS of all four through dV and dK, so that what is written between them stays in the first-level
-// cache. Up to four blocks of queries share a block of keys, transposed once for them, and its
-// sums.
+// The backward of bf16 by AMX (amx.h), after the forward's form (attention_fwd_tiles.h).
+//
+// Up to four blocks of queries take 64 keys together. Two vectors of 16 queries after the other go
+// through scores and gradients, whose S and dP stay in the first-level cache; then all go through
+// dQ, and then, as one product of up to 256 queries, through dV and dK: sums of keys come from the
+// second level, and reading and writing them for each 64 queries took as long as the products.
 #pragma once
 #include "attention_amx.h"
 #include "attention_bwd_rows.h"
@@ -127,7 +128,7 @@ struct TiledBackward {
         int& seen = of.seen[j / kPairVecs];
         if (of.visible[j] > seen) seen = of.visible[j];
       }
-      make_gradients(block[i], rows[i].lanes, of, rows[i], k_rows, v_rows, key, keys);
+      make_gradients(block[i], rows[i], of, k_rows, v_rows, key, keys);
     }
     transpose_rows(k, k_row, keys, p.dim, s.k_pairs, kTiledKeys / 2);
     for (int i = 0; i < count; ++i) {
@@ -143,9 +144,10 @@ struct TiledBackward {
     add_to_keys(s.ds16, s.q_rows, dim, cross, keys, dk + key * dim);
   }
 
-  void make_gradients(const QueryBlock& queries, const GradLanes& lanes, const TiledCross& of,
-                      const Scratch& own, TileRows k, TileRows v, int64_t key, int keys) const {
+  void make_gradients(const QueryBlock& queries, const Scratch& own, const TiledCross& of,
+                      TileRows k, TileRows v, int64_t key, int keys) const {
     const Scratch& s = rows[0];
+    const GradLanes& lanes = own.lanes;
     const bool cut = kForm || queries.cuts(key, keys);
     const Modifiers modifiers = begin_modifiers<kForm>(p, queries, key, keys, of.visible, s.bias);
     if (kForm && lanes.keep) dropout_weights(p, queries, key, of.visible, lanes.keep);

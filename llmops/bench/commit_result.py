@@ -1,6 +1,6 @@
 """`llmops bench --commit-result`: the file of this class of machine in benchmarks/results, remade.
 
-Stages, each a process of its own with a limit of time, together 21 minutes and the row that each is
+Stages, each a process of its own with a limit of time, together 33 minutes and the row that each is
 in when its time is up (a process that has not ended 5 minutes later is ended). Rows are kept beside
 the file as they are measured: run the command again and every stage goes on behind the rows it has,
 until it says that the file is written. Of whole models and other long cases, which on some machines
@@ -45,6 +45,14 @@ STAGES = (
     Stage("threads", "one shape each, all threads", 1.2, ("--quick", "--threads", "all")),
     Stage("providers", "one shape each, all providers", 3.0, ("--quick", "--with", "all")),
     Stage("models", "whole models, long cases", 8.0, SECONDS, ops=cases.LAST, partial=True),
+    Stage(
+        "long",
+        "whole models, prompts of 512 and steps of 4 x 512",
+        12.0,
+        (*SECONDS, "--with", "peers"),
+        ops=("model_long",),
+        partial=True,
+    ),
     Stage("memory", "peak memory, one shape each", 0.8, huge_pages=None),
 )
 

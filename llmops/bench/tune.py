@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from llmops.dispatch import use_backend
     from llmops.kernels.triton import _config
 
+    if not arguments.share:
+        _config.save({})  # a file that cannot be written says so now, not after the search
     with use_backend("triton"):
         collected = cases.collect(arguments.ops, device="cuda")
         if arguments.share:
