@@ -12,6 +12,10 @@ namespace {
 
 constexpr const char* kName = "llmops.linear";
 
+// Bytes of weights from which on few rows of x, which wait for them, are worth a second thread:
+// from a shared cache two cores read twice as fast (benchmarks/NOTES.md).
+constexpr int64_t kSerialBytes = 3 * kSerialElements;
+
 // x [..., K], w [N, K], bias [N].
 Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in) {
   LLMOPS_CHECK(x_in.dim() >= 1 && w_in.dim() == 2 && x_in.size(-1) == w_in.size(1) &&
@@ -73,7 +77,9 @@ void few_rows(const cpu::LinearParams& p, const void* x, int64_t x_step, int64_t
       floats.get() + (-reinterpret_cast<uintptr_t>(floats.get()) / 4 & (kLine - 1));
   LLMOPS_CPU_CALL(linear_pack)(p.type, p.rows, p.k, x, x_step, packed);
   const auto kernel = LLMOPS_CPU_CALL(linear_fwd);
-  if (p.rows * n * p.k < kSerialProducts || forked_from_threads()) {
+  const int64_t bytes = n * p.k * (p.type == cpu::DType::f32 ? 4 : 2);
+  const bool worthwhile = bytes >= kSerialBytes || p.rows * n * p.k >= kSerialProducts;
+  if (!worthwhile || forked_from_threads()) {
     kernel(p, packed, 0, n);
   } else {
     parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { kernel(p, packed, begin, end); });
