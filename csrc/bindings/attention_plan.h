@@ -101,7 +101,9 @@ Totals make_plans(AttentionParams& p, UnequalSequences* unequal) {
   return all;
 }
 
-// A worker takes 55-85 us to wake: about 4M multiply-adds, or 1 MB of keys and values.
+// From so many multiply-adds, or bytes of keys and values, on. A worker that waits for work, as one
+// does for a millisecond or two after the last, costs 2 to 5 us; one asleep 50, which the first op
+// of a model pays (benchmarks/NOTES.md).
 bool worth_threads(const AttentionParams& p, Totals all) {
   const auto reach = [](int64_t keys, int64_t of) { return std::min(keys, of); };
   if (p.left >= 0) {  // by one query, and by all of a short batch
@@ -112,7 +114,7 @@ bool worth_threads(const AttentionParams& p, Totals all) {
   const int64_t work = p.heads * all.cells * (p.dim + p.dim_v);
   const int64_t bytes =
       p.kv_heads * all.keys * (p.dim + p.dim_v) * (p.type == cpu::DType::f32 ? 4 : 2);
-  return work > 4000000 || bytes > 1000000;
+  return work > 500000 || bytes > 200000;
 }
 
 }  // namespace
