@@ -1,5 +1,5 @@
-"""The order of the GPU's backends is what was measured: llmops/backends/_measured.py is held to the
-committed results."""
+"""The committed results: they have our times, and the order of the GPU's backends, which is held in
+llmops/backends/_measured.py, is what was measured."""
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ def test_measured_order_is_that_of_the_results() -> None:
         for dtype in ("float32", "bfloat16"):
             for passes in ("fwd", "bwd"):
                 assert (op, dtype, passes) in seen, f"{op} {dtype} {passes} was not measured"
+
+
+def test_results_have_a_time_of_ours_in_each_row() -> None:
+    """A row that has none found our result wrong, or did not run."""
+    files = sorted(RESULTS.glob("*.json"))
+    assert files
+    for file in files:
+        for run in json.loads(file.read_text())["runs"]:
+            for row in run["rows"]:
+                what = f"{file.name}: {row['op']} {row['passes']} {row['dtype']} {row['shape']}"
+                notes = [result["note"] for result in row.get("results", ())]  # older files: none
+                assert row["ours_us"], f"{what} has no time of ours: {notes}"
 
 
 def test_measured_sizes() -> None:
