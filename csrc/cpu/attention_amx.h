@@ -2,8 +2,8 @@
 //
 // B is what vdpbf16ps takes as well: queries and probabilities in lanes, pairs in a cell, or rows
 // of queries in pairs. A are K's and V's rows as they lie, V and K transposed, and P and dS by key.
-// Tiles are 16 by 16. Two by two of them at a time each that is loaded is used twice; four above
-// each other belong to one vector of queries, whose arrays then stay in the first-level cache.
+// Tiles are 16 by 16, four above each other: of one vector of queries, or of columns, whose
+// arrays then stay in the first-level cache.
 #pragma once
 #include "attention_tile.h"
 

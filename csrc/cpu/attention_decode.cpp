@@ -89,8 +89,8 @@ LLMOPS_INLINE void for_runs(const AttentionParams& p, const QueryBlock& block, c
 }
 
 // What is asked for while row i is read: the row kAheadKeys on, or as far into the next run of
-// fewer. Beyond a page, and from one token's row to the next, no processor
-// looks ahead.
+// fewer. Beyond a page, and from one token's row to the next, no processor looks ahead. fp32 rows
+// gain only where the next run is a page of its own.
 template <class T>
 LLMOPS_INLINE const T* row_ahead(const Run<T>& run, int i) {
   const int far = run.count < kAheadKeys ? run.count : kAheadKeys, at = i + far - run.count;
