@@ -102,8 +102,8 @@ Totals make_plans(AttentionParams& p, UnequalSequences* unequal) {
 }
 
 // From so many multiply-adds, or bytes of keys and values, on. A worker that waits for work, as one
-// does for a millisecond or two after the last, costs 2 to 5 us; one asleep 50, which the first op
-// of a model pays (benchmarks/NOTES.md).
+// still does a millisecond after the last, costs about 5 us; one asleep 25 to 50, which the first
+// op of a model pays (benchmarks/NOTES.md).
 bool worth_threads(const AttentionParams& p, Totals all) {
   const auto reach = [](int64_t keys, int64_t of) { return std::min(keys, of); };
   if (p.left >= 0) {  // by one query, and by all of a short batch

@@ -111,9 +111,8 @@ struct Backward {
       s.lanes.norm[i] = s.lanes.lse[i] == -kInf ? 0.0f : 1.0f;
     }
     int visible[kBlockVecs];
-    // Strips hold whole blocks of keys, and scratch of tiles is for their 64.
-    const bool whole = kWay == Way::split || kWay == Way::tiles;
-    const int64_t begin = whole ? block.begin / kKeys * kKeys : block.begin;
+    // Strips hold whole blocks of keys.
+    const int64_t begin = kWay == Way::split ? block.begin / kKeys * kKeys : block.begin;
     for (int64_t key = begin; key < block.end; key += kKeys) {
       block_scores(key, static_cast<int>(min64(kKeys, block.end - key)), visible);
       for (int j = 0; j < block.vecs; ++j) {
