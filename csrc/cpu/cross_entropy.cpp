@@ -8,98 +8,149 @@
 // (backward). Milakov and Gimelshein 2018.
 #include "cross_entropy.h"
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
 constexpr int kBlock = 4 * W;
-constexpr int64_t kRun = 4096;  // 16 KiB of fp32: half of an L1
+constexpr int64_t kRun = 128 * W;     // elements of a stream that are summed up before the next are
+constexpr int64_t kLook = 32 * W;     // elements of a stream that the first maximum is sought in
+constexpr int64_t kShort = 16 << 10;  // bytes of a row, the next of which is fetched meanwhile
+constexpr int64_t kAhead = 2 << 10;   // bytes of a longer row's stream that are fetched ahead
 
 // How the label-smoothing sum is taken: not at all, with all weights one, with class weights.
 enum class Smooth : int { none, uniform, weighted };
 
 LLMOPS_INLINE float combine_add(const Vec* s) { return reduce_add((s[0] + s[1]) + (s[2] + s[3])); }
 
-// Maximum, NaNs aside: those show in the sum.
+// A row is read as four streams, which memory answers sooner than one: vector j of a step is in
+// stream j, `length` elements from the last one's. What is left, less than a step, comes after.
+struct Streams {
+  int64_t length, ahead;
+};
 template <class X>
-LLMOPS_INLINE float run_top(const X* x, int64_t n) {
+LLMOPS_INLINE Streams streams_of(int64_t n) {
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(X));
+  return {n / kBlock * W, bytes <= kShort ? bytes : kAhead};
+}
+
+// Maximum of the first `count` elements of each stream, NaNs aside: those show in the sum.
+template <class X>
+LLMOPS_INLINE float first_top(const X* x, int64_t length, int64_t count) {
   Vec m[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) m[j] = max(load(x + i + j * W), m[j]);
-  }
-  for (; i < n; i += W) {
-    m[0] = max(load_n(x + i, n - i < W ? static_cast<int>(n - i) : W, -kInf), m[0]);
+  for (int64_t i = 0; i < count; i += W) {
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) m[j] = max(load(x + j * length + i), m[j]);
   }
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-struct RunSums {
-  float exps, gap, weight;
+// The maximum so far is the shift; before there is one, or -inf - -inf would be NaN, 0 is.
+LLMOPS_INLINE float shift_of(float top) { return top == -kInf ? 0.0f : top; }
+
+// Sums over a row so far, relative to its maximum so far.
+struct Row {
+  float top;
+  double sum, gap, seen;
 };
 
-// Sums over a run of exp(x - shift), w (shift - x) and w. The run that follows is fetched
-// meanwhile.
+// To sums relative to a maximum that is larger.
+LLMOPS_INLINE void raise(float top, Row* row) {
+  row->sum *= __builtin_exp(static_cast<double>(row->top) - top);
+  row->gap += row->seen * (static_cast<double>(top) - shift_of(row->top));
+  row->top = top;
+}
+
+// Adds elements begin to end of each stream. The maximum seldom grows: what the lanes hold is then
+// brought to the new one.
 template <Smooth kSmooth, class X>
-LLMOPS_INLINE RunSums run_sums(const X* x, const float* weight, int64_t n, float shift) {
-  const Vec top = set1(shift), unit = set1(kLog2e);
+LLMOPS_INLINE void add_streams(const X* x, const float* weight, const Streams& streams,
+                               int64_t begin, int64_t end, Row* row) {
+  const Streams at = streams;  // in registers
+  const Vec unit = set1(kLog2e);
+  float top = row->top;
+  Vec limit = set1(top), shift = set1(shift_of(top));
   Vec s[4] = {zero(), zero(), zero(), zero()}, g[4] = {zero(), zero(), zero(), zero()};
   Vec w[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    prefetch_block(x + n + i);
+  for (int64_t i = begin; i < end; i += W) {
+    Vec v[4];
     LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
-      const Vec d = load(x + i + j * W) - top;
+      const X* from = x + j * at.length + i;
+      v[j] = load(from);
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + at.ahead);
+    }
+    const Vec most = max(max(v[0], v[1]), max(v[2], v[3]));
+    if (__builtin_expect(mask_bits(less(limit, most)) != 0, 0)) {
+      const float m = reduce_max(most);
+      const Vec factor = exp2_softmax((limit - set1(m)) * unit), rise = set1(m - shift_of(top));
+      const Vec steps = set1(static_cast<float>((i - begin) / W));
+      LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+        s[j] = s[j] * factor;
+        if constexpr (kSmooth == Smooth::uniform) g[j] = fma(steps, rise, g[j]);
+        if constexpr (kSmooth == Smooth::weighted) g[j] = fma(w[j], rise, g[j]);
+      }
+      top = m;
+      limit = shift = set1(m);
+    }
+    LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+      const Vec d = v[j] - shift;
       s[j] = s[j] + exp2_softmax(d * unit);
       if constexpr (kSmooth == Smooth::uniform) g[j] = g[j] - d;
       if constexpr (kSmooth == Smooth::weighted) {
-        const Vec own = load(weight + i + j * W);
+        const Vec own = load(weight + j * at.length + i);
         g[j] = fnma(own, d, g[j]);
         w[j] = w[j] + own;
       }
     }
   }
-  for (; i < n; i += W) {
-    const int left = n - i < W ? static_cast<int>(n - i) : W;
-    const Vec d = load_n(x + i, left, -kInf) - top;
-    s[0] = s[0] + exp2_softmax(d * unit);
-    const Vec inside = select(first_n(left), d, zero());
-    if constexpr (kSmooth == Smooth::uniform) g[0] = g[0] - inside;
+  if (top > row->top) raise(top, row);
+  row->sum += combine_add(s);
+  if constexpr (kSmooth != Smooth::none) row->gap += combine_add(g);
+  row->seen += kSmooth == Smooth::weighted ? combine_add(w) : static_cast<float>(4 * (end - begin));
+}
+
+// Adds the elements from i to n.
+template <Smooth kSmooth, class X>
+LLMOPS_INLINE void add_rest(const X* x, const float* weight, int64_t i, int64_t n, Row* row) {
+  const auto left = [&] { return n - i < W ? static_cast<int>(n - i) : W; };
+  const int64_t begin = i;
+  Vec m = set1(-kInf);
+  for (; i < n; i += W) m = max(load_n(x + i, left(), -kInf), m);
+  const float top = reduce_max(m);
+  if (top > row->top) raise(top, row);
+  const Vec shift = set1(shift_of(row->top)), unit = set1(kLog2e);
+  Vec s = zero(), g = zero(), w = zero();
+  for (i = begin; i < n; i += W) {
+    const Vec d = load_n(x + i, left(), -kInf) - shift;
+    const Vec inside = select(first_n(left()), d, zero());
+    s = s + exp2_softmax(d * unit);
+    if constexpr (kSmooth == Smooth::uniform) g = g - inside;
     if constexpr (kSmooth == Smooth::weighted) {
-      const Vec own = load_n(weight + i, left);
-      g[0] = fnma(own, inside, g[0]);
-      w[0] = w[0] + own;
+      const Vec own = load_n(weight + i, left());
+      g = fnma(own, inside, g);
+      w = w + own;
     }
   }
-  const float count = static_cast<float>(n);
-  return {combine_add(s), kSmooth == Smooth::none ? 0.0f : combine_add(g),
-          kSmooth == Smooth::weighted ? combine_add(w) : count};
+  row->sum += reduce_add(s);
+  if constexpr (kSmooth != Smooth::none) row->gap += reduce_add(g);
+  row->seen += kSmooth == Smooth::weighted ? reduce_add(w) : static_cast<float>(n - begin);
 }
 
 template <Smooth kSmooth, class X>
 LLMOPS_NOINLINE CrossEntropyRow forward(int64_t n, const X* x, int64_t target,
                                         const float* weight) {
-  double top = -kInf, sum = 0.0, gap = 0.0, seen = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kRun) {
-    const int64_t count = n - begin < kRun ? n - begin : kRun;
-    const double m = run_top(x + begin, count);
-    if (m > top) {
-      sum *= __builtin_exp(top - m);
-      if (kSmooth != Smooth::none && begin > 0) gap += seen * (m - top);
-      top = m;
-    }
-    // Nothing but -inf so far: take off 0, or -inf - -inf is NaN.
-    const float shift = top == -kInf ? 0.0f : static_cast<float>(top);
-    const RunSums run =
-        run_sums<kSmooth>(x + begin, weight ? weight + begin : weight, count, shift);
-    sum += run.exps;
-    gap += run.gap;
-    seen += run.weight;
+  const Streams streams = streams_of<X>(n);
+  const int64_t length = streams.length;
+  Row row{first_top(x, length, std::min(kLook, length)), 0.0, 0.0, 0.0};
+  for (int64_t i = 0; i < length; i += kRun) {
+    add_streams<kSmooth>(x, weight, streams, i, std::min(i + kRun, length), &row);
   }
-  const double log_sum = __builtin_log(sum);
+  add_rest<kSmooth>(x, weight, 4 * length, n, &row);
+  const double top = row.top, log_sum = __builtin_log(row.sum);
   return {top + log_sum, (top - static_cast<double>(to_float(x[target]))) + log_sum,
-          kSmooth == Smooth::none ? 0.0 : gap + seen * log_sum};
+          kSmooth == Smooth::none ? 0.0 : row.gap + row.seen * log_sum};
 }
 
 template <bool kWeighted, class X>
