@@ -55,6 +55,17 @@ Tensor new_output_like(const Tensor& t, ScalarType type) {
   return new_output_strided(t, sizes.data(), strides, static_cast<int64_t>(sizes.size()), type);
 }
 
+void advise_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kAdviseFromBytes) return;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
+  // Advice: a kernel that refuses it changes nothing but speed.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* strides,
                           int64_t dims, ScalarType type) {
   // The C shim itself: the dispatcher's boxed new_empty costs a microsecond more.
@@ -66,16 +77,7 @@ Tensor new_output_strided(const Tensor& t, const int64_t* sizes, const int64_t* 
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
   Tensor out(handle);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const int64_t bytes = out.numel() * element_size(type);
-  if (bytes >= kAdviseFromBytes && out.is_cpu()) {
-    const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
-    const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-    const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
-    // Advice: a kernel that refuses it changes nothing but speed.
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
+  if (out.is_cpu()) advise_huge_pages(out.data_ptr(), out.numel() * element_size(type));
   return out;
 }
 

@@ -84,8 +84,11 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// A fresh, uninitialized tensor on t's device. Large ones are advised to use huge pages: the first
-// touch of a 4 KiB page costs about 2 us, which for a row op is more than computing it.
+// Asks for huge pages where there are many: the first touch of a 4 KiB page costs about 2 us, which
+// for a row op is more than computing it.
+void advise_huge_pages(const void* data, int64_t bytes);
+
+// A fresh, uninitialized tensor on t's device, large ones in huge pages.
 Tensor new_output(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType type);
 // The same with t's own sizes, contiguous.
 Tensor new_output_like(const Tensor& t, ScalarType type);

@@ -69,10 +69,10 @@ void matmul(cpu::MatmulParams p) {
   const auto pack = LLMOPS_CPU_CALL(matmul_pack);
   const auto block = LLMOPS_CPU_CALL(matmul_block);
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  constexpr int64_t kLine = 64 / sizeof(float);
-  const std::unique_ptr<float[]> panel(
-      new float[plan.panel / plan.strip * plan.strip_floats + plan.strip + kLine]);
-  float* const packed = panel.get() + (-reinterpret_cast<uintptr_t>(panel.get()) / 4 & (kLine - 1));
+  const Scratch panel(
+      plan.panel / plan.strip * plan.strip_floats * static_cast<int64_t>(sizeof(float)),
+      Scratch::panel);
+  float* const packed = static_cast<float*>(panel.data());
   for (int64_t column = 0; column < p.n; column += plan.panel) {
     const int64_t end = column + plan.panel < p.n ? column + plan.panel : p.n;
     const int64_t strips = (end - column + plan.strip - 1) / plan.strip;

@@ -189,14 +189,15 @@ LLMOPS_INLINE void strip_of(const MatmulOperand& x, int64_t outer, int64_t count
 LLMOPS_INLINE bool packs_as_it_goes(const MatmulParams& p) {
   return p.m <= (p.b.outer_step == 1 ? 2 : 4) * kTiledBlock;
 }
-// b's strips of the columns [column, end), `depth` steps of k from k on, read in memory's order.
-LLMOPS_INLINE void strips_of(const MatmulParams& p, int64_t column, int64_t end, int64_t k,
+// The strips of [outer, end), `depth` steps of k from k on, read in memory's order.
+template <bool kRowsAreOuter>
+LLMOPS_INLINE void strips_of(const MatmulOperand& x, int64_t outer, int64_t end, int64_t k,
                              int64_t depth, float* out) {
-  const int64_t steps = tiled_steps(depth), each = p.b.outer_step == 1 ? kDepth : depth;
+  const int64_t steps = tiled_steps(depth), each = x.outer_step == 1 ? kDepth : depth;
   for (int64_t d = 0; d < depth; d += each) {
-    for (int64_t c = column; c < end; c += kPair)
-      strip_of<false>(p.b, c, end - c, k + d, least(each, depth - d),
-                      out + ((c - column) / kPair * steps + d / kDepth) * kStepFloats);
+    for (int64_t i = outer; i < end; i += kPair)
+      strip_of<kRowsAreOuter>(x, i, end - i, k + d, least(each, depth - d),
+                              out + ((i - outer) / kPair * steps + d / kDepth) * kStepFloats);
   }
 }
 
@@ -232,12 +233,10 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
   begin_tiles();
   for (int64_t k = 0; k < p.k || k == 0; k += deepest) {
     const int64_t depth = least(deepest, p.k - k), steps = tiled_steps(depth);
-    for (int64_t i = 0; i < rows; i += kPair)
-      strip_of<true>(p.a, row + i, p.m - row - i, k, depth,
-                     scratch + i / kPair * steps * kStepFloats);
+    strips_of<true>(p.a, row, row + rows, k, depth, scratch);
     for (int64_t first = column; first < end; first += group) {
       const int64_t last = least(first + group, end);
-      if (goes) strips_of(p, first, last, k, depth, right);
+      if (goes) strips_of<false>(p.b, first, last, k, depth, right);
       for (int64_t c = first; c < last; c += kPair) {
         const float* const b =
             goes ? right + (c - first) / kPair * steps * kStepFloats
@@ -263,8 +262,10 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
       constexpr int64_t kRight = kAcrossStrips * kAcrossDepth / kDepth * kStepFloats;
       return {round_up(p.n, kPair), kPair, kTiledBlock, 0, left + kRight};
     }
-    const int64_t panel = least(fit < 4 ? 4 : fit, (p.n + kPair - 1) / kPair) * kPair;
-    return {panel, kPair, kTiledBlock, strip, left};
+    // Strips to one packing: several where that reads more of each row.
+    const int64_t each = p.b.outer_step == 1 ? kAcrossStrips : 1, columns = each * kPair;
+    const int64_t panel = least(round_up(fit < 4 ? 4 : fit, each) * kPair, round_up(p.n, columns));
+    return {panel, columns, kTiledBlock, each * strip, left};
   }
 #endif
   const int64_t fit = kPanelFloats / (p.k > 0 ? p.k : 1) / kColumns * kColumns;
@@ -278,7 +279,10 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
 
 void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 #ifdef LLMOPS_HAS_TILES
-  if (takes_tiles(p)) return strip_of<false>(p.b, column, p.n - column, 0, p.k, out);
+  if (takes_tiles(p)) {
+    const int64_t columns = p.b.outer_step == 1 ? kAcrossStrips * kPair : kPair;
+    return strips_of<false>(p.b, column, least(column + columns, p.n), 0, p.k, out);
+  }
 #endif
   LLMOPS_DISPATCH(p.type, T,
                   (pack<T, kColumns>(p.b, column, count_of(p.n - column, kColumns), 0, p.k, out)));
