@@ -139,28 +139,8 @@ struct Vectors {
   }
 };
 
-// Keys or values as strips, a quarter of a tile at a time.
-struct Strips {
-  SplitSource from;
-  float *out, *at;
-  int64_t tile;
-  int row;
-  Vec half[2][kSide];
-
-  bool done() const { return tile == from.tiles(); }
-  LLMOPS_OUTLINE void some() {
-    if (row == 0) at = gather<true>(from, tile, out, half[0], half[1]);
-    LLMOPS_UNROLL for (int i = 0; i < kSide / 4; ++i)
-        split(half[0][row + i], half[1][row + i], at + (row + i) * kSide);
-    row = (row + kSide / 4) % kSide;
-    tile += row == 0;
-  }
-  void finish() {
-    while (!done()) some();
-  }
-};
 struct Splitting {
-  Strips* strips;
+  Strips<true>* strips;
   LLMOPS_BESIDE void operator()() const {
     if (!strips->done()) strips->some();
   }
@@ -175,7 +155,7 @@ struct SplitForward {
   Seen seen[kShared], last;  // the last of the block of keys before, if it has steps
   int last_keys;
   Vectors<kForm> vectors;
-  Strips strips;
+  Strips<true> strips;  // of keys or values
 
   // The blocks of queries that see some of [key, key + keys).
   int begin_keys(int64_t key, int keys) {
@@ -267,13 +247,10 @@ struct SplitForward {
     const KeyRows<float> v = key_rows(p, block[0], p.v, p.v_stride, key, keys, p.dim_v,
                                       static_cast<float*>(rows[0].v_page));
     Splitting splitting{&strips};
-    const auto begin_strips = [&](const SplitSource& from, float* out) {
-      strips.from = from, strips.out = out, strips.tile = strips.row = 0;
-    };
-    begin_strips({k.first, k.stride, 1, keys, p.dim}, rows[0].k);
+    strips.begin({k.first, k.stride, 1, keys, p.dim}, rows[0].k);
     if (last.most > 0) update(last, last_keys, splitting);
     strips.finish();
-    begin_strips({v.first, 1, v.stride, p.dim_v, keys}, rows[0].v);
+    strips.begin({v.first, 1, v.stride, p.dim_v, keys}, rows[0].v);
     score(seen[0], key, keys, splitting);
     strips.finish();
     const auto ahead = [&](const KeyRows<float>& of, int64_t dim) {

@@ -174,36 +174,42 @@ constexpr int64_t kTiledPanelFloats = 4 << 20;  // 16 MiB of b
 // A panel goes through memory. A strip that is packed just before a block of rows uses it stays in
 // L2, which is ahead up to four blocks that pack it again. Where b's columns are dense, that is 8
 // strips of 384 steps, so that a kilobyte of each row is read, and ahead up to two blocks.
-constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 8;
+constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 2;
+constexpr int64_t kLeadStrips =
+    4;  // of a panel, multiplied by each strip of a as soon as that is split
 
 LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
   return p.type == DType::f32 && active_isa() == Isa::amx;
 }
-template <bool kRowsAreOuter>
-LLMOPS_INLINE void strip_of(const MatmulOperand& x, int64_t outer, int64_t count, int64_t k,
-                            int64_t depth, float* out) {
-  const float* const data = static_cast<const float*>(x.data) + outer * x.outer_step + k * x.k_step;
-  split_strips<kRowsAreOuter>({data, x.outer_step, x.k_step, least(count, kPair), depth}, out);
-}
-
 LLMOPS_INLINE bool packs_as_it_goes(const MatmulParams& p) {
   return p.m <= (p.b.outer_step == 1 ? 2 : 4) * kTiledBlock;
 }
-// The strips of [outer, end), `depth` steps of k from k on, read in memory's order.
-template <bool kRowsAreOuter>
-LLMOPS_INLINE void strips_of(const MatmulOperand& x, int64_t outer, int64_t end, int64_t k,
-                             int64_t depth, float* out) {
-  const int64_t steps = tiled_steps(depth), each = x.outer_step == 1 ? kDepth : depth;
-  for (int64_t d = 0; d < depth; d += each) {
-    for (int64_t i = outer; i < end; i += kPair)
-      strip_of<kRowsAreOuter>(x, i, end - i, k + d, least(each, depth - d),
-                              out + ((i - outer) / kPair * steps + d / kDepth) * kStepFloats);
-  }
+// [outer, end) of an operand, `depth` steps of k from k on.
+LLMOPS_INLINE SplitSource source_of(const MatmulOperand& x, int64_t outer, int64_t end, int64_t k,
+                                    int64_t depth) {
+  const float* const data = static_cast<const float*>(x.data) + outer * x.outer_step + k * x.k_step;
+  return {data, x.outer_step, x.k_step, end - outer, depth};
 }
+
+// What is split while tiles multiply: a's next strip, then b's next ones.
+struct Splits {
+  Strips<true> a;
+  Strips<false> b;
+};
+struct Beside {
+  Splits* splits;
+  LLMOPS_BESIDE void operator()() const {
+    if (!splits->a.done()) {
+      splits->a.some();
+    } else if (!splits->b.done()) {
+      splits->b.some();
+    }
+  }
+};
 
 // 32 x 32 of y: a strip of a by one of b.
 LLMOPS_INLINE void tile_of(const MatmulParams& p, const float* a, const float* b, int64_t row,
-                           int64_t column, int64_t k, int64_t depth) {
+                           int64_t column, int64_t k, int64_t depth, Beside& beside) {
   const int columns = count_of(p.n - column, kPair), rows = count_of(p.m - row, kPair);
   Tile<float> tile{};
   tile.sums = tile.y = static_cast<float*>(p.y) + row * p.y_stride + column;
@@ -212,11 +218,10 @@ LLMOPS_INLINE void tile_of(const MatmulParams& p, const float* a, const float* b
   tile.first = k == 0 && !p.add;
   tile.last = k + depth >= p.k;
   tile.past = p.past && k == 0;
-  Nothing nothing;
   if (rows == kPair && columns == kPair && tile.first && !tile.past && !(tile.last && tile.bias))
-    return split_product(a, b, tiled_steps(depth), tile.y, p.y_stride, false, nothing);
+    return split_product(a, b, tiled_steps(depth), tile.y, p.y_stride, false, beside);
   alignas(64) float sums[kPair * kPair];
-  split_product(a, b, tiled_steps(depth), sums, kPair, false, nothing);
+  split_product(a, b, tiled_steps(depth), sums, kPair, false, beside);
   for (int r = 0; r < rows; ++r) {
     for (int j = 0; j * W < columns; ++j)
       finish(tile, r, j, load(sums + r * kPair + j * W), count_of(columns - j * W, W));
@@ -228,21 +233,40 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
   const bool goes = packs_as_it_goes(p), across = goes && p.b.outer_step == 1;
   const int64_t rows = least(kTiledBlock, p.m - row), strip = tiled_steps(p.k) * kStepFloats;
   const int64_t deepest = across ? kAcrossDepth : kTiledDepth;
-  const int64_t group = goes ? (across ? kAcrossStrips : 1) * kPair : end - column;
+  const int64_t group = (!goes ? kLeadStrips : across ? kAcrossStrips : 1) * kPair;
   float* const right = scratch + kTiledBlock / kPair * tiled_steps(deepest) * kStepFloats;
+  const int64_t right_floats = group / kPair * tiled_steps(deepest) * kStepFloats;
+  Splits splits;
+  Beside beside{&splits};
   begin_tiles();
   for (int64_t k = 0; k < p.k || k == 0; k += deepest) {
     const int64_t depth = least(deepest, p.k - k), steps = tiled_steps(depth);
-    strips_of<true>(p.a, row, row + rows, k, depth, scratch);
+    const auto begin_group = [&](int64_t first) {
+      SplitSource from = source_of(p.b, first, least(first + group, end), k, depth);
+      from.by_steps = across;
+      splits.b.begin(from, right + first / group % 2 * right_floats);
+    };
+    splits.a.begin(source_of(p.a, row, row + rows, k, depth), scratch);
+    if (goes) begin_group(column);
     for (int64_t first = column; first < end; first += group) {
       const int64_t last = least(first + group, end);
-      if (goes) strips_of<false>(p.b, first, last, k, depth, right);
-      for (int64_t c = first; c < last; c += kPair) {
+      splits.b.finish();
+      if (goes && last < end) begin_group(last);
+      const auto multiply_by = [&](int64_t c, int64_t i) {
         const float* const b =
-            goes ? right + (c - first) / kPair * steps * kStepFloats
+            goes ? right + first / group % 2 * right_floats +
+                       (c - first) / kPair * steps * kStepFloats
                  : packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
-        for (int64_t i = 0; i < rows; i += kPair)
-          tile_of(p, scratch + i / kPair * steps * kStepFloats, b, row + i, c, k, depth);
+        tile_of(p, scratch + i / kPair * steps * kStepFloats, b, row + i, c, k, depth, beside);
+      };
+      if (first == column) {
+        for (int64_t i = 0; i < rows; i += kPair) {
+          splits.a.finish((i / kPair + 1) * steps * 2);
+          for (int64_t c = first; c < last; c += kPair) multiply_by(c, i);
+        }
+      } else {
+        for (int64_t c = first; c < last; c += kPair)
+          for (int64_t i = 0; i < rows; i += kPair) multiply_by(c, i);
       }
     }
   }
@@ -259,7 +283,7 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
     const int64_t strip = tiled_steps(p.k) * kStepFloats, fit = kTiledPanelFloats / (strip + 1);
     const int64_t left = kTiledBlock / kPair * tiled_steps(kTiledDepth) * kStepFloats;
     if (packs_as_it_goes(p)) {
-      constexpr int64_t kRight = kAcrossStrips * kAcrossDepth / kDepth * kStepFloats;
+      constexpr int64_t kRight = 2 * kAcrossStrips * kAcrossDepth / kDepth * kStepFloats;
       return {round_up(p.n, kPair), kPair, kTiledBlock, 0, left + kRight};
     }
     // Strips to one packing: several where that reads more of each row.
@@ -281,7 +305,9 @@ void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(p)) {
     const int64_t columns = p.b.outer_step == 1 ? kAcrossStrips * kPair : kPair;
-    return strips_of<false>(p.b, column, least(column + columns, p.n), 0, p.k, out);
+    SplitSource from = source_of(p.b, column, least(column + columns, p.n), 0, p.k);
+    from.by_steps = true;
+    return split_strips<false>(from, out);
   }
 #endif
   LLMOPS_DISPATCH(p.type, T,

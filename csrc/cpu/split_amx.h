@@ -42,37 +42,47 @@ LLMOPS_INLINE void split(Vec first, Vec second, float* out) {
 struct SplitSource {
   const float* data;
   int64_t outer_step, k_step, count, depth;
-  int64_t tiles() const { return (count + kPair - 1) / kPair * tiled_steps(depth) * 2; }
+  bool by_steps = false;  // a step of all strips before the next step
+  int64_t strips() const { return (count + kPair - 1) / kPair; }
+  int64_t tiles() const { return strips() * tiled_steps(depth) * 2; }
 };
-// The rows of tile `index` before they are split, and where the first of them goes.
+// Where the tile `index` is: its first outer element and step of k, and where its first row goes.
+struct SplitTile {
+  int64_t outer, k;
+  float* out;
+};
+LLMOPS_INLINE SplitTile tile_at(const SplitSource& from, int64_t index, float* out) {
+  const int64_t steps = tiled_steps(from.depth), tile = index % 2;
+  const int64_t inner = from.by_steps ? from.strips() : steps;
+  const int64_t high = index / 2 / inner, low = index / 2 % inner;
+  const int64_t strip = from.by_steps ? low : high, step = from.by_steps ? high : low;
+  return {strip * kPair + tile * kSide, step * kDepth,
+          out + (strip * steps + step) * kStepFloats + tile * kTileFloats};
+}
+// Half h of a tile's rows before they are split.
 template <bool kRowsAreOuter>
-LLMOPS_INLINE float* gather(const SplitSource& from, int64_t index, float* out, Vec* first,
-                            Vec* second) {
-  const int64_t steps = tiled_steps(from.depth), step = index / 2 % steps, tile = index % 2;
-  const int64_t outer = index / 2 / steps * kPair + tile * kSide;
+LLMOPS_INLINE void gather(const SplitSource& from, const SplitTile& tile, int h, Vec* half) {
   const bool outer_dense = from.outer_step == 1;
-  for (int h = 0; h < 2; ++h) {
-    Vec* const half = h ? second : first;
-    const int64_t k = step * kDepth + h * kSide;
-    const float* const p = from.data + outer * from.outer_step + k * from.k_step;
-    const int outers = up_to_side(from.count - outer), ks = up_to_side(from.depth - k);
-    const int rows = outer_dense ? ks : outers, lanes = outer_dense ? outers : ks;
-    const int64_t stride = outer_dense ? from.k_step : from.outer_step;
-    if (rows == kSide && lanes == kSide) {
-      LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) half[i] = load(p + i * stride);
-    } else {
-      for (int i = 0; i < kSide; ++i) half[i] = i < rows ? load_n(p + i * stride, lanes) : zero();
-    }
-    if (outer_dense == kRowsAreOuter) transpose(half);
+  const int64_t k = tile.k + h * kSide;
+  const float* const p = from.data + tile.outer * from.outer_step + k * from.k_step;
+  const int outers = up_to_side(from.count - tile.outer), ks = up_to_side(from.depth - k);
+  const int rows = outer_dense ? ks : outers, lanes = outer_dense ? outers : ks;
+  const int64_t stride = outer_dense ? from.k_step : from.outer_step;
+  if (rows == kSide && lanes == kSide) {
+    LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) half[i] = load(p + i * stride);
+  } else {
+    for (int i = 0; i < kSide; ++i) half[i] = i < rows ? load_n(p + i * stride, lanes) : zero();
   }
-  return out + index / 2 * kStepFloats + tile * kTileFloats;
+  if (outer_dense == kRowsAreOuter) transpose(half);
 }
 template <bool kRowsAreOuter>
 LLMOPS_NOINLINE void split_strips(const SplitSource& from, float* out) {
   for (int64_t index = 0; index < from.tiles(); ++index) {
     Vec half[2][kSide];
-    float* const at = gather<kRowsAreOuter>(from, index, out, half[0], half[1]);
-    LLMOPS_UNROLL for (int i = 0; i < kSide; ++i) split(half[0][i], half[1][i], at + i * kSide);
+    const SplitTile tile = tile_at(from, index, out);
+    for (int h = 0; h < 2; ++h) gather<kRowsAreOuter>(from, tile, h, half[h]);
+    LLMOPS_UNROLL for (int i = 0; i < kSide; ++i)
+        split(half[0][i], half[1][i], tile.out + i * kSide);
   }
 }
 
@@ -82,6 +92,50 @@ LLMOPS_NOINLINE void split_strips(const SplitSource& from, float* out) {
 struct Nothing {
   LLMOPS_BESIDE void operator()() const {}
 };
+// split_strips by and by, to run beside products: each call has few enough instructions for the
+// products after it to be under way meanwhile, and what the next tile reads is fetched.
+template <bool kRowsAreOuter>
+struct Strips {
+  SplitSource from{};
+  float* out = nullptr;
+  SplitTile tile{}, next{};
+  int64_t index = 0, tiles = 0;
+  int phase = 0;
+  Vec half[2][kSide];
+
+  void begin(const SplitSource& source, float* to) {
+    from = source, out = to;
+    index = 0, phase = 0, tiles = source.tiles();
+    next = tile_at(from, 0, out);
+  }
+  bool done() const { return index == tiles; }
+  __attribute__((noinline)) void some() {
+    if (phase < 2) {
+      if (phase == 0) tile = next, next = tile_at(from, index + 1, out);
+      gather<kRowsAreOuter>(from, tile, phase, half[phase]);
+      ++phase;
+      return;
+    }
+    const int row = (phase - 2) * kRowsEach;
+    const float* const ahead = from.data + next.outer * from.outer_step + next.k * from.k_step;
+    const int64_t stride = from.outer_step == 1 ? from.k_step : from.outer_step;
+    LLMOPS_UNROLL for (int i = 0; i < kRowsEach; ++i) {
+      split(half[0][row + i], half[1][row + i], tile.out + (row + i) * kSide);
+      __builtin_prefetch(ahead + (row + i) * stride);
+      __builtin_prefetch(ahead + (row + i) * stride + kSide * from.k_step);
+    }
+    phase = phase + 1 == kPhases ? 0 : phase + 1;
+    index += phase == 0;
+  }
+  void finish() { finish(tiles); }
+  void finish(int64_t end) {
+    while (index < end) some();
+  }
+
+ private:
+  static constexpr int kRowsEach = 2, kPhases = 2 + kSide / kRowsEach;
+};
+
 // out [32][32 of ld] = A B of two strips, or += with `add`. `beside` is called after every second
 // product of tiles: its vectors' instructions run while the tiles multiply.
 template <class F>
