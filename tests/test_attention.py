@@ -135,7 +135,11 @@ def test_attention_hypothesis(target: Target, data: st.DataObject) -> None:
     wide_mask = mask.double() if kind == "float" and mask is not None else mask
     oracle = reference.attention(*wide, mask=wide_mask, return_lse=True, **arguments)
     yardstick = torch_attention(q, k, v, mask=mask, return_lse=True, **arguments)
-    assert_close(out, oracle[0], yardstick[0], factor=2.0, what="attention")
+    # A score's rounding, half an eps of |q| |k|, weighs |v|. In 16 bits that of the result hides it.
+    sizes = wide[0].norm(dim=-1, keepdim=True) * wide[1].norm(dim=-1).amax()
+    weighed = reference.attention(*wide[:2], wide[2].abs(), mask=wide_mask, **arguments)
+    floor = torch.finfo(torch.float32).eps / 2 * abs(arguments["scale"]) * sizes * weighed
+    assert_close(out, oracle[0], yardstick[0], factor=2.0, what="attention", floor=floor)
     torch.testing.assert_close(lse.double(), oracle[1], rtol=1e-5, atol=1e-5)
 
 

@@ -64,7 +64,7 @@ LINEAR_AHEAD = {
 }
 # Gradients' products in fp32 are ours beyond so many rows, in 16 bits of any number, where those of
 # any number of rows are: by AMX in three parts (csrc/cpu/split_amx.h).
-GRADIENT_ROWS = 64
+GRADIENT_ROWS = 48
 
 
 def widens_products(dtype: torch.dtype) -> bool:
