@@ -140,6 +140,41 @@ def test_cross_entropy_of_a_long_row_keeps_fp32_precision(target: Target) -> Non
 
 
 @TARGETS
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("order", ("rising", "falling", "late", "masked first", "huge"))
+def test_cross_entropy_wherever_the_largest_logit_is(
+    target: Target, order: str, weighted: bool
+) -> None:
+    """A row is summed relative to the largest logit so far, which may grow with every step."""
+    classes = 20011
+    x = torch.randn(5, classes) * 3
+    if order == "rising":
+        x = x.sort(dim=-1).values
+    elif order == "falling":
+        x = x.sort(dim=-1, descending=True).values
+    elif order == "late":
+        # In each of four streams, and in what is left after whole steps: exp(200) is infinite.
+        x[torch.arange(5), [4000, 9000, 14000, 19000, classes - 3]] = 200.0
+    elif order == "masked first":
+        x[:, : classes // 2] = -math.inf
+    else:
+        # At the beginning of what is summed at once, of vectors of 1, 8 and 16 lanes.
+        x[:] = -3e38
+        x[torch.arange(3), [128, 1024, 2048]] = 3e38
+    ids = torch.tensor([classes - 1, 12000, 17000, 3, 19000])
+    weight = torch.rand(classes) + 0.1 if weighted else None
+    exact = None if weight is None else weight.double()
+    for smoothing in (0.0, 0.1):
+        how: dict[str, Any] = {"label_smoothing": smoothing, "reduction": "none"}
+        with target.active():
+            got = llmops.cross_entropy(x, ids, weight, backend=target.backend, **how)
+        oracle = F.cross_entropy(x.double(), ids, exact, **how)
+        assert not bool(got.isnan().any())
+        if order != "huge" or smoothing == 0.0:  # 1e4 such numbers add up to infinity in fp32
+            torch.testing.assert_close(got, oracle.float(), rtol=3e-7, atol=0.0)
+
+
+@TARGETS
 def test_cross_entropy_infinities_and_nan(target: Target) -> None:
     """-inf apart from the target is a class that cannot be; NaN and +inf stay in their row."""
     x = torch.randn(6, 40)

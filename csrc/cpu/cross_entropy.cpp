@@ -1,11 +1,11 @@
 // Row cross-entropy: log-sum-exp, the target's loss, and the gradient. Formula: cross_entropy.h
 //
-// Forward: online over runs of the row that fit L1. A run is swept twice, for its maximum and for
-// its sum of exponentials; the sum so far is rescaled when the maximum grows. Memory is read once,
-// whatever the length of the row. Backward: one sweep, exp(x - lse) from the saved log-sum-exp; the
+// Forward, in one pass: the row is read as four streams at once, a vector of each to a step, and
+// exponentials are taken relative to the largest logit so far, sought in the first steps. Where a
+// step holds a larger one, which is seldom, what the lanes have summed is brought to it. fp32 in
+// the lanes, fp64 across runs. Backward: one sweep, exp(x - lse) from the saved log-sum-exp; the
 // target's element is computed apart, by expm1, since softmax - 1 cancels where the model is sure.
-// fp32 in the lanes, fp64 across runs. Bytes per element: x read (forward); x read, dx written
-// (backward). Milakov and Gimelshein 2018.
+// Bytes per element: x read (forward); x read, dx written (backward). Milakov and Gimelshein 2018.
 #include "cross_entropy.h"
 
 #include <algorithm>
@@ -86,7 +86,9 @@ LLMOPS_INLINE void add_streams(const X* x, const float* weight, const Streams& s
       const float m = reduce_max(most);
       const Vec factor = exp2_softmax((limit - set1(m)) * unit), rise = set1(m - shift_of(top));
       const Vec steps = set1(static_cast<float>((i - begin) / W));
+      // Not of nothing: 0 times a rise from fp32's lowest to its largest value is NaN.
       LLMOPS_UNROLL for (int j = 0; j < 4; ++j) {
+        if (i == begin) break;
         s[j] = s[j] * factor;
         if constexpr (kSmooth == Smooth::uniform) g[j] = fma(steps, rise, g[j]);
         if constexpr (kSmooth == Smooth::weighted) g[j] = fma(w[j], rise, g[j]);
