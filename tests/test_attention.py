@@ -135,7 +135,7 @@ def test_attention_hypothesis(target: Target, data: st.DataObject) -> None:
     wide_mask = mask.double() if kind == "float" and mask is not None else mask
     oracle = reference.attention(*wide, mask=wide_mask, return_lse=True, **arguments)
     yardstick = torch_attention(q, k, v, mask=mask, return_lse=True, **arguments)
-    # A score's rounding, half an eps of |q| |k|, weighs |v|. In 16 bits that of the result hides it.
+    # A score's rounding, half an eps of |q| |k|, weighs |v|; that of 16-bit results hides it.
     sizes = wide[0].norm(dim=-1, keepdim=True) * wide[1].norm(dim=-1).amax()
     weighed = reference.attention(*wide[:2], wide[2].abs(), mask=wide_mask, **arguments)
     floor = torch.finfo(torch.float32).eps / 2 * abs(arguments["scale"]) * sizes * weighed

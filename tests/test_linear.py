@@ -67,6 +67,7 @@ def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None
         (40, 1700, 70),
         (530, 800, 70),
         (2060, 33, 40),
+        (1030, 780, 300),
     ]
     for m, k, n in shapes:
         for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(2 * m, 2 * k)[::2, ::2]):
@@ -113,6 +114,15 @@ def test_linear_matmul_into(target: Target) -> None:
     ):
         with pytest.raises(RuntimeError, match=match):
             into(*arguments)
+
+
+@TARGETS
+@pytest.mark.parametrize("rows", (1, 20, 70, 300, 1100))
+def test_linear_of_empty_sums_is_the_bias(target: Target, rows: int) -> None:
+    x, weight, bias = torch.ones(rows, 0), torch.ones(70, 0), torch.randn(70)
+    with target.active():
+        assert torch.equal(torch.ops.llmops_cpu.linear(x, weight, bias), bias.expand(rows, 70))
+        assert not torch.ops.llmops_cpu.matmul(x, weight.t()).any()
 
 
 @TARGETS

@@ -106,7 +106,7 @@ struct Strips {
   void begin(const SplitSource& source, float* to) {
     from = source, out = to;
     index = 0, phase = 0, tiles = source.tiles();
-    next = tile_at(from, 0, out);
+    if (tiles > 0) next = tile_at(from, 0, out);
   }
   bool done() const { return index == tiles; }
   __attribute__((noinline)) void some() {
