@@ -8,8 +8,6 @@
 // Bytes per element: x read (forward); x read, dx written (backward). Milakov and Gimelshein 2018.
 #include "cross_entropy.h"
 
-#include <algorithm>
-
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
@@ -24,6 +22,7 @@ constexpr int64_t kAhead = 2 << 10;   // bytes of a longer row's stream that are
 // How the label-smoothing sum is taken: not at all, with all weights one, with class weights.
 enum class Smooth : int { none, uniform, weighted };
 
+LLMOPS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LLMOPS_INLINE float combine_add(const Vec* s) { return reduce_add((s[0] + s[1]) + (s[2] + s[3])); }
 
 // A row is read as four streams, which memory answers sooner than one: vector j of a step is in
@@ -145,9 +144,9 @@ LLMOPS_NOINLINE CrossEntropyRow forward(int64_t n, const X* x, int64_t target,
                                         const float* weight) {
   const Streams streams = streams_of<X>(n);
   const int64_t length = streams.length;
-  Row row{first_top(x, length, std::min(kLook, length)), 0.0, 0.0, 0.0};
+  Row row{first_top(x, length, least(kLook, length)), 0.0, 0.0, 0.0};
   for (int64_t i = 0; i < length; i += kRun) {
-    add_streams<kSmooth>(x, weight, streams, i, std::min(i + kRun, length), &row);
+    add_streams<kSmooth>(x, weight, streams, i, least(i + kRun, length), &row);
   }
   add_rest<kSmooth>(x, weight, 4 * length, n, &row);
   const double top = row.top, log_sum = __builtin_log(row.sum);
