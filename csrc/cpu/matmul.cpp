@@ -171,12 +171,13 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
 constexpr int64_t kTiledDepth = 768;            // 144 KiB of a strip
 constexpr int64_t kTiledBlock = 8 * kPair;      // rows: 1.1 MiB of a
 constexpr int64_t kTiledPanelFloats = 4 << 20;  // 16 MiB of b
-// A panel goes through memory. A strip that is packed just before a block of rows uses it stays in
-// L2, which is ahead up to four blocks that pack it again. Where b's columns are dense, that is 8
-// strips of 384 steps, so that a kilobyte of each row is read, and ahead up to two blocks.
-constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 2;
-constexpr int64_t kLeadStrips =
-    4;  // of a panel, multiplied by each strip of a as soon as that is split
+// A panel goes through memory. A strip that is split beside the products with the one before it
+// stays in L2, which is ahead up to four blocks that split it again. Where b's columns are dense,
+// that is two strips of 384 steps, so that 256 bytes of each row are read, and ahead up to two
+// blocks; for a panel half a kilobyte.
+constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 2, kPanelStrips = 4;
+// The first strips of b multiply each strip of a while the next one of a is split.
+constexpr int64_t kLeadStrips = 2;
 
 LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
   return p.type == DType::f32 && active_isa() == Isa::amx;
@@ -261,7 +262,7 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
       };
       if (first == column) {
         for (int64_t i = 0; i < rows; i += kPair) {
-          splits.a.finish((i / kPair + 1) * steps * 2);
+          splits.a.finish((i / kPair + 1) * steps * 2);  // tiles of the strips up to i
           for (int64_t c = first; c < last; c += kPair) multiply_by(c, i);
         }
       } else {
@@ -283,11 +284,13 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
     const int64_t strip = tiled_steps(p.k) * kStepFloats, fit = kTiledPanelFloats / (strip + 1);
     const int64_t left = kTiledBlock / kPair * tiled_steps(kTiledDepth) * kStepFloats;
     if (packs_as_it_goes(p)) {
-      constexpr int64_t kRight = 2 * kAcrossStrips * kAcrossDepth / kDepth * kStepFloats;
+      constexpr int64_t kAcross = kAcrossStrips * kAcrossDepth;
+      constexpr int64_t kDeepest = kAcross > kTiledDepth ? kAcross : kTiledDepth;
+      constexpr int64_t kRight = 2 * kDeepest / kDepth * kStepFloats;  // these strips and the next
       return {round_up(p.n, kPair), kPair, kTiledBlock, 0, left + kRight};
     }
     // Strips to one packing: several where that reads more of each row.
-    const int64_t each = p.b.outer_step == 1 ? kAcrossStrips : 1, columns = each * kPair;
+    const int64_t each = p.b.outer_step == 1 ? kPanelStrips : 1, columns = each * kPair;
     const int64_t panel = least(round_up(fit < 4 ? 4 : fit, each) * kPair, round_up(p.n, columns));
     return {panel, columns, kTiledBlock, each * strip, left};
   }
@@ -304,7 +307,7 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
 void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(p)) {
-    const int64_t columns = p.b.outer_step == 1 ? kAcrossStrips * kPair : kPair;
+    const int64_t columns = p.b.outer_step == 1 ? kPanelStrips * kPair : kPair;
     SplitSource from = source_of(p.b, column, least(column + columns, p.n), 0, p.k);
     from.by_steps = true;
     return split_strips<false>(from, out);
