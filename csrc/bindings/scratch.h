@@ -33,6 +33,7 @@ class Scratch {
     void reserve(int64_t bytes) {
       if (bytes <= size_) return;
       storage_.reset();
+      size_ = 0;  // of nothing, should there be no memory for more
       storage_.reset(new char[bytes + 64]);
       size_ = bytes;
       advise_huge_pages(storage_.get(), bytes);
