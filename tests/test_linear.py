@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ def test_linear_matmul_of_any_layout(target: Target, dtype: torch.dtype) -> None
         (530, 800, 70),
         (2060, 33, 40),
         (1030, 780, 300),
+        (70, 2400, 530),
+        (530, 1200, 530),
     ]
     for m, k, n in shapes:
         for a in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(2 * m, 2 * k)[::2, ::2]):
@@ -107,13 +110,139 @@ def test_linear_matmul_into(target: Target) -> None:
     half = torch.ones(2, 2).half()
     for arguments, match in (
         ((a, b, y[:1]), "y must be"),
-        ((a, b, y.double()), "y must be"),
+        ((a, b, y.double()), "Double is not supported"),
         ((torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 4)[:, ::2]), "with dense rows"),
         ((half, half, half, True), "must be fp32"),
         ((a, a, y), "of one dtype"),
     ):
         with pytest.raises(RuntimeError, match=match):
             into(*arguments)
+
+
+@TARGETS
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_linear_matmul_into_fp32(target: Target, dtype: torch.dtype) -> None:
+    """By AMX products of 16 bits are added to fp32 without a rounding in between; else refused."""
+    into = torch.ops.llmops_cpu.matmul_into
+    for m, k, n in ((3, 5, 7), (70, 2400, 65), (600, 40, 33)):
+        for a in (torch.randn(m, k).to(dtype), torch.randn(k, m).to(dtype).t()):
+            b, y = torch.randn(k, n).to(dtype), torch.zeros(m, n + 3)[:, :n]
+            with target.active():
+                if target.isa != "amx":
+                    with pytest.raises(RuntimeError, match="a's dtype, or be fp32 where AMX"):
+                        into(a, b, y)
+                    return
+                into(a, b, y)
+                into(a, b, y, True)
+            most = a.double().abs() @ b.double().abs()
+            assert ((y - 2 * (a.double() @ b.double())).abs() <= (k + 1) * 2.0**-24 * most).all()
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@TARGETS
+@pytest.mark.usefixtures("precision", "fresh_decisions")
+@pytest.mark.parametrize("setting", ("high", "medium"))
+def test_linear_hears_float32_matmul_precision(target: Target, setting: str) -> None:
+    """On AMX products of many fp32 rows, gradients' too, count 16 bits at "high", 8 at "medium",
+    and no fewer; elsewhere and of few rows all 24."""
+    for rows in (8, 70, 1100):
+        leaves = [torch.randn(rows, 300), torch.randn(90, 300), torch.randn(90)]
+        for t in leaves:
+            t.requires_grad_()
+        grad = torch.randn(rows, 90)
+
+        def results(leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+            with torch.no_grad():
+                alone = llmops.linear(*leaves, backend="cpu")
+            y = llmops.linear(*leaves, backend="cpu")
+            assert torch.equal(y, alone)
+            return [y, *torch.autograd.grad(y, leaves[:2], grad)]
+
+        with target.active():
+            whole = results(leaves, grad)
+            torch.set_float32_matmul_precision(setting)
+            found = results(leaves, grad)
+            with torch.no_grad():
+                assert torch.equal(llmops.linear(*leaves, backend="cpu"), found[0])
+            torch.set_float32_matmul_precision("highest")
+        x, w, bias, dy = (t.detach().double() for t in (*leaves, grad))
+        factors = ((x, w.t()), (dy, w), (dy.t(), x))
+        for got, same, (a, b) in zip(found, whole, factors, strict=True):
+            if target.isa != "amx" or rows == 8:
+                # Gradients are torch's own products there, which hear "medium" themselves.
+                assert torch.equal(got, same) or (setting == "medium" and got is not found[0])
+                continue
+            want = a @ b + (bias if got is found[0] else 0.0)
+            # What is left out of a b, in the worst case; 2^-8 of each factor at "medium".
+            most = (a.abs() @ b.abs()) * (2.0**-13 if setting == "high" else 2.0**-6.9) + 2.0**-20
+            error = (got - want).abs()
+            assert (error <= most).all()
+            assert error.mean() > (2.0**-20 if setting == "high" else 2.0**-12)
+            assert error.mean() < 0.05 * most.mean()
+
+
+@pytest.mark.usefixtures("precision")
+def test_linear_precision_of_either_form() -> None:
+    assert cpu.fp32_parts() == 3
+    for setting, parts in (("high", 2), ("medium", 1), ("highest", 3)):
+        torch.set_float32_matmul_precision(setting)
+        assert cpu.fp32_parts() == parts
+    mkldnn: Any = torch.backends.mkldnn
+    before = mkldnn.matmul.fp32_precision
+    for setting, parts in (("tf32", 2), ("bf16", 1), ("ieee", 3)):
+        mkldnn.matmul.fp32_precision = setting
+        assert cpu.fp32_parts() == parts
+    mkldnn.matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("highest")
+
+
+@TARGETS
+@pytest.mark.usefixtures("fresh_decisions")
+def test_linear_bf16_gradient_of_the_weight_beside_torchs_product(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On AMX of many rows: ours where nobody chose torch's, and rounded once as torch's is."""
+    made: list[int] = []
+    whole = cpu.matmul
+
+    def counted(*args: torch.Tensor, parts: int) -> torch.Tensor:
+        made.append(parts)
+        return whole(*args, parts)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(cpu, "matmul", counted)
+    rows = cpu.WEIGHT_GRADIENT_ROWS
+    for many, turned in ((rows, False), (rows, True), (rows - 1, False)):
+        x = torch.randn(many, 70).bfloat16().requires_grad_()
+        weight = torch.randn(70, 40).bfloat16().t() if turned else torch.randn(40, 70).bfloat16()
+        weight.requires_grad_()
+        grad = torch.randn(many, 40).bfloat16()
+        with target.active():
+            y = llmops.linear(x, weight)
+            got = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
+            own = target.isa == "amx" and many == rows
+            if target.isa != "avx2":  # there of any number of rows, and both
+                assert len(made) == own
+            made.clear()
+            twice = torch.autograd.grad(y, (x, weight), grad, create_graph=True)
+            assert twice[1].grad_fn is not None
+            for context in (llmops.use_backend("reference"), torch.autocast("cpu", torch.bfloat16)):
+                with context:
+                    torch.autograd.grad(llmops.linear(x, weight), weight, grad)
+            if target.isa != "avx2":
+                assert not made
+            made.clear()
+        want = torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
+        for ours, theirs in zip(got, want, strict=True):
+            assert ours.stride() == theirs.stride()
+        exact = grad.double().t() @ x.double()
+        bound = exact.abs() * 2.0**-8 + 2.0**-12 * (grad.double().abs().t() @ x.double().abs())
+        for ours in (got[1], twice[1]):
+            assert ((ours - exact).abs() <= bound).all()
 
 
 @TARGETS
@@ -126,9 +255,10 @@ def test_linear_of_empty_sums_is_the_bias(target: Target, rows: int) -> None:
 
 
 @TARGETS
-def test_linear_matmul_of_extreme_values(target: Target) -> None:
+@pytest.mark.parametrize("parts", (3, 2))
+def test_linear_matmul_of_extreme_values(target: Target, parts: int) -> None:
     """What fp32 makes of infinities, NaN, zeros, huge and tiny values, but for parts below 2^-126
-    where it is made of bf16."""
+    where it is made of bf16; with two parts of those the same, less the third part's digits."""
     inf, nan = float("inf"), float("nan")
     # 3 is one bf16, 1/3 is not: its parts are not zero.
     values = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1.0, -3.0, 1 / 3, 3e38, -2e38, 1e-30, 1e-36])
@@ -137,19 +267,39 @@ def test_linear_matmul_of_extreme_values(target: Target) -> None:
     b[7] = values
     want = values[:, None] * values
     size = values[:, None].abs() + values.abs()
-    bound = 2.0**-22 * want.abs() + 2.0**-123 * size.clamp(max=3.4e38)
+    lost = 2.0**-22 if parts == 3 or target.isa != "amx" else 2.0**-14
+    bound = lost * want.abs() + 2.0**-123 * size.clamp(max=3.4e38)
     # A signalling NaN, whose payload is in the lower half.
     signal = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32)
     with target.active():
         for x, w in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
-            got = torch.ops.llmops_cpu.matmul(x, w)
+            got = torch.ops.llmops_cpu.matmul(x, w, parts)
             finite = want.isfinite()
             assert torch.equal(got[~finite].nan_to_num(7.0), want[~finite].nan_to_num(7.0))
             assert ((got - want).abs() <= bound)[finite].all()
             assert (got[3:5, 3:] == 0).all()
-        assert torch.ops.llmops_cpu.matmul(signal[None], torch.ones(1, 2)).isnan().all()
+        for count in (parts, 1):
+            assert torch.ops.llmops_cpu.matmul(signal[None], torch.ones(1, 2), count).isnan().all()
         zeros = torch.ops.llmops_cpu.matmul(torch.zeros(3, 50), torch.randn(50, 4))
     assert torch.equal(zeros, torch.zeros(3, 4))
+
+
+@TARGETS
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_linear_matmul_of_extreme_16_bit_values(target: Target, dtype: torch.dtype) -> None:
+    inf, nan, tiny = float("inf"), float("nan"), torch.finfo(dtype).smallest_normal
+    values = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1.0, -3.0, 6e4])
+    if dtype == torch.float16:  # all of its digits, and subnormals, which bf16 pairs have none of
+        values = torch.cat((values, torch.tensor([2047.0, tiny, -tiny / 4])))
+    values = values.to(dtype)
+    a = torch.where(torch.arange(40) == 7, values[:, None], torch.zeros((), dtype=dtype))
+    b = torch.ones(40, len(values), dtype=dtype)
+    b[7] = values
+    want = values[:, None].float() * values.float()
+    with target.active():
+        for x, w in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
+            got = torch.ops.llmops_cpu.matmul(x, w)
+            assert torch.equal(got.nan_to_num(7.0), want.to(dtype).nan_to_num(7.0))
 
 
 @TARGETS

@@ -16,8 +16,9 @@ constexpr const char* kName = "llmops.linear";
 // from a shared cache two cores read twice as fast (benchmarks/NOTES.md).
 constexpr int64_t kSerialBytes = 3 * kSerialElements;
 
-// x [..., K], w [N, K], bias [N].
-Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in) {
+// x [..., K], w [N, K], bias [N]; parts: of fp32 by AMX, cpu/split_amx.h.
+Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in,
+                  int64_t parts) {
   LLMOPS_CHECK(x_in.dim() >= 1 && w_in.dim() == 2 && x_in.size(-1) == w_in.size(1) &&
                    x_in.scalar_type() == w_in.scalar_type(),
                kName, ": x must be [..., K] and weight [N, K], of one dtype");
@@ -46,13 +47,16 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   p.y = y.data_ptr();
   p.y_stride = n;
 
-  const bool many = !are_few(p.type, p.rows);
+  const bool many = !are_few(p.type, p.rows, static_cast<int>(parts));
   const Tensor w = many && w_in.stride(0) == 1 ? w_in : last_dim_dense(w_in);
   p.w = w.data_ptr();
   p.w_stride = w.stride(0);
   if (many) {
     const cpu::MatmulOperand a{x.data_ptr(), x_step, 1}, b{p.w, w.stride(0), w.stride(1)};
-    matmul({p.type, p.rows, n, k, a, b, p.bias, p.y, p.y_stride});
+    cpu::MatmulParams product{p.type, p.rows, n, k, a, b, p.bias, p.y, n};
+    product.parts = static_cast<int>(parts);
+    product.past = true;
+    matmul(product);
     return y;
   }
   few_rows(p, x.data_ptr(), x_step, n);
@@ -61,12 +65,13 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
 
 }  // namespace
 
-bool are_few(cpu::DType type, int64_t rows) {
+bool are_few(cpu::DType type, int64_t rows, int parts) {
   // bf16 in pairs, or by tiles, has at least twice the flops of the fp32 that matmul makes of it.
   if (type == cpu::DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16) return true;
-  const bool amx = type == cpu::DType::f32 && cpu::active_isa() == cpu::Isa::amx;
-  const bool avx2 = cpu::active_isa() == cpu::Isa::avx2;
-  return rows <= (amx ? 48 : avx2 ? 128 : 64);  // as measured (benchmarks/NOTES.md)
+  // As measured (benchmarks/NOTES.md).
+  if (cpu::active_isa() == cpu::Isa::avx2) return rows <= 128;
+  if (cpu::active_isa() != cpu::Isa::amx) return rows <= 64;
+  return rows <= (type == cpu::DType::f32 && parts == 3 ? 48 : 16);
 }
 
 void few_rows(const cpu::LinearParams& p, const void* x, int64_t x_step, int64_t n) {
@@ -87,7 +92,7 @@ void few_rows(const cpu::LinearParams& p, const void* x, int64_t x_step, int64_t
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, int parts=3) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&linear_cpu)); }
 

@@ -10,8 +10,9 @@ namespace {
 
 constexpr const char* kName = "llmops.matmul";
 constexpr int64_t kTasks = 4;  // per thread
-// Results of tiles from here on go past the caches (benchmarks/NOTES.md).
-constexpr int64_t kPastBytes = 16 << 20;
+// Results of tiles from here on go past the caches, where there is time for it
+// (benchmarks/NOTES.md).
+constexpr int64_t kPastBytes = 16 << 20, kPastDepth = 256;
 
 // Dense in one dimension; `outer` is the other one than k.
 Tensor operand(const Tensor& t, int64_t outer, cpu::MatmulOperand& out) {
@@ -27,35 +28,43 @@ void check(const Tensor& a, const Tensor& b) {
       kName, ": a must be [M, K] and b [K, N], of one dtype");
 }
 
-void multiply(const Tensor& a_in, const Tensor& b_in, const Tensor& y, bool add) {
+// fresh: y is memory of new_output's.
+void multiply(const Tensor& a_in, const Tensor& b_in, const Tensor& y, bool fresh, bool add,
+              int64_t parts) {
   cpu::MatmulParams p{};
   p.type = kernel_dtype(a_in.scalar_type(), kName);
   p.m = a_in.size(0), p.n = b_in.size(1), p.k = a_in.size(1);
   const Tensor a = operand(a_in, 0, p.a), b = operand(b_in, 1, p.b);
   p.y = y.data_ptr();
   p.y_stride = y.stride(0);
+  p.past = fresh;
   p.add = add;
-  if (p.a.k_step == 1 && p.b.k_step == 1 && !add && are_few(p.type, p.m) && y.numel() > 0)
+  p.wide = y.scalar_type() != a_in.scalar_type();
+  p.parts = static_cast<int>(parts);
+  if (p.a.k_step == 1 && p.b.k_step == 1 && !add && !p.wide && are_few(p.type, p.m, p.parts) &&
+      y.numel() > 0)
     return few_rows({p.type, p.m, p.k, p.b.data, nullptr, p.y, p.b.outer_step, p.y_stride},
                     p.a.data, p.a.outer_step, p.n);
   matmul(p);
 }
 
-Tensor matmul_cpu(const Tensor& a, const Tensor& b) {
+Tensor matmul_cpu(const Tensor& a, const Tensor& b, int64_t parts) {
   check(a, b);
   const Tensor y = new_output(a, {a.size(0), b.size(1)});
-  multiply(a, b, y, false);
+  multiply(a, b, y, true, false, parts);
   return y;
 }
 
-void matmul_into_cpu(const Tensor& a, const Tensor& b, Tensor y, bool add) {
+void matmul_into_cpu(const Tensor& a, const Tensor& b, Tensor y, bool add, int64_t parts) {
   check(a, b);
+  const bool fp32 = kernel_dtype(y.scalar_type(), kName) == cpu::DType::f32;
   LLMOPS_CHECK(y.dim() == 2 && y.size(0) == a.size(0) && y.size(1) == b.size(1) &&
-                   y.scalar_type() == a.scalar_type() && (y.stride(1) == 1 || y.size(1) <= 1),
-               kName, ": y must be [M, N], of a's dtype, with dense rows");
-  LLMOPS_CHECK(!add || kernel_dtype(y.scalar_type(), kName) == cpu::DType::f32, kName,
-               ": what is added to must be fp32");
-  multiply(a, b, y, add);
+                   (y.stride(1) == 1 || y.size(1) <= 1),
+               kName, ": y must be [M, N] with dense rows");
+  LLMOPS_CHECK(y.scalar_type() == a.scalar_type() || (fp32 && cpu::active_isa() == cpu::Isa::amx),
+               kName, ": y must have a's dtype, or be fp32 where AMX multiplies");
+  LLMOPS_CHECK(fp32 || !add, kName, ": what is added to must be fp32");
+  multiply(a, b, y, false, add, parts);
 }
 
 }  // namespace
@@ -63,7 +72,8 @@ void matmul_into_cpu(const Tensor& a, const Tensor& b, Tensor y, bool add) {
 void matmul(cpu::MatmulParams p) {
   if (p.m == 0 || p.n == 0) return;
   const bool worthwhile = p.m * p.n * p.k >= kSerialProducts;
-  p.past = p.m * p.n * static_cast<int64_t>(sizeof(float)) > kPastBytes &&
+  p.past = p.past && p.k > kPastDepth &&
+           p.m * p.n * static_cast<int64_t>(sizeof(float)) > kPastBytes &&
            reinterpret_cast<uintptr_t>(p.y) % 64 == 0 && p.y_stride % 16 == 0;
   const cpu::MatmulPlan plan = LLMOPS_CPU_CALL(matmul_plan)(p);
   const auto pack = LLMOPS_CPU_CALL(matmul_pack);
@@ -99,8 +109,8 @@ void matmul(cpu::MatmulParams p) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmops_cpu, m) {
-  m.def("matmul(Tensor a, Tensor b) -> Tensor");
-  m.def("matmul_into(Tensor a, Tensor b, Tensor(a!) y, bool add=False) -> ()");
+  m.def("matmul(Tensor a, Tensor b, int parts=3) -> Tensor");
+  m.def("matmul_into(Tensor a, Tensor b, Tensor(a!) y, bool add=False, int parts=3) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmops_cpu, CPU, m) {
   m.impl("matmul", TORCH_BOX(&matmul_cpu));

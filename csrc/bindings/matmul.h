@@ -9,7 +9,7 @@ namespace llmops {
 // element of what is serial elsewhere, and small under ThreadSanitizer as that is.
 constexpr int64_t kSerialProducts = 20 * kSerialElements;
 
-// p.past is set here.
+// p.past: whether y may be stored so.
 void matmul(cpu::MatmulParams p);
 
 }  // namespace llmops

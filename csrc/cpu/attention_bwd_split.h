@@ -48,11 +48,11 @@ LLMOPS_OUTLINE void split_gradients(const Cross& of, Vec factor, int64_t pair, i
       p[h][v] = select(seen, x, zero()), ds[h][v] = select(seen, y, zero());
     }
   }
-  const int64_t to = pair * kStepFloats + i * kSide;
+  const int64_t to = pair * Fp32Parts::kStepFloats + i * kSide;
   LLMOPS_UNROLL for (int h = 0; h < 2; ++h) {
-    split(p[h][0], p[h][1], of.p + to + h * kTileFloats);
-    split(ds[h][0], ds[h][1], of.ds + to + h * kTileFloats);
-    split(ds[0][h], ds[1][h], of.turned + to + h * kTileFloats);
+    split<Fp32Parts>(p[h][0], p[h][1], of.p + to + h * kTileFloats);
+    split<Fp32Parts>(ds[h][0], ds[h][1], of.ds + to + h * kTileFloats);
+    split<Fp32Parts>(ds[0][h], ds[1][h], of.turned + to + h * kTileFloats);
   }
 }
 
@@ -117,8 +117,8 @@ struct SplitBackward {
                        float* out, F& beside) {
     const int64_t steps = tiled_steps(dim);
     for (int64_t pair = of.first; pair < of.all; ++pair)
-      split_product(keys, lanes + pair * steps * kStepFloats, steps, out + pair * kPair, kLanes,
-                    false, beside);
+      split_product(keys, lanes + pair * steps * Fp32Parts::kStepFloats, steps, out + pair * kPair,
+                    kLanes, false, beside);
   }
   template <class F>
   void begin(const Cross& of, F& beside) const {
@@ -139,8 +139,8 @@ struct SplitBackward {
                    F& beside) const {
     float* const copy = rows[0].sums;  // for keys that fill no tile
     float* const out = of.keys == kPair ? sums : copy;
-    const int64_t skipped = of.first * kStepFloats;
-    for (int64_t c = 0; c < ld; c += kPair, b += of.all * kStepFloats)
+    const int64_t skipped = of.first * Fp32Parts::kStepFloats;
+    for (int64_t c = 0; c < ld; c += kPair, b += of.all * Fp32Parts::kStepFloats)
       split_product(a + skipped, b + skipped, of.all - of.first, out + c, ld, out == sums, beside);
     for (int64_t d = 0; out == copy && d < of.keys * ld; d += W)
       store(sums + d, load(sums + d) + load(copy + d));
@@ -153,10 +153,10 @@ struct SplitBackward {
     add_to_keys(of.p, own.g_rows, dim_v, of, dv + of.key * dim_v, beside);
     add_to_keys(of.ds, own.q_rows, dim, of, dk + of.key * dim, beside);
     const float* k = rows[0].split.k_turned + strips_of(of.key);
-    for (int64_t d = 0; d < p.dim; d += kPair, k += kStepFloats) {
+    for (int64_t d = 0; d < p.dim; d += kPair, k += Fp32Parts::kStepFloats) {
       for (int64_t pair = of.first; pair < of.all; ++pair)
-        split_product(k, of.turned + pair * kStepFloats, 1, of.rows->dq + d * kLanes + pair * kPair,
-                      kLanes, true, beside);
+        split_product(k, of.turned + pair * Fp32Parts::kStepFloats, 1,
+                      of.rows->dq + d * kLanes + pair * kPair, kLanes, true, beside);
     }
   }
 

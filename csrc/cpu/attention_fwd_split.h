@@ -93,7 +93,7 @@ struct Softmax {
     sum1 = sum1 + b;
     // Dropout spares the normalizer: what is summed is not what multiplies V.
     if (kNatural && keep) a = a * load(keep + at), b = b * load(keep + below);
-    split(a, b, strip + step * kStepFloats + i * kSide);
+    split<Fp32Parts>(a, b, strip + step * Fp32Parts::kStepFloats + i * kSide);
     keys();
     values();
     for (int64_t r = 0; r < rows && row > 0; ++r, --row, o += kLanes) store(o, load(o) * alpha);
@@ -193,8 +193,8 @@ struct SplitForward {
       for (int x = 0; x < kBlockPairs; ++x) {
         const int c = i % 2 ? kBlockPairs - 1 - x : x;
         if (i < s.steps[c])
-          split_product(rows[0].k + i * steps * kStepFloats,
-                        s.rows->q_split + c * steps * kStepFloats, steps,
+          split_product(rows[0].k + i * steps * Fp32Parts::kStepFloats,
+                        s.rows->q_split + c * steps * Fp32Parts::kStepFloats, steps,
                         s.score + i * kPair * kLanes + c * kPair, kLanes, false, run);
       }
     }
@@ -214,7 +214,7 @@ struct SplitForward {
   void update(const Seen& s, int keys, F& beside) const {
     const float* v = rows[0].v;
     F run = beside;
-    for (int64_t d = 0; d < p.dim_v; d += kPair, v += tiled_steps(keys) * kStepFloats) {
+    for (int64_t d = 0; d < p.dim_v; d += kPair, v += tiled_steps(keys) * Fp32Parts::kStepFloats) {
       for (int x = 0; x < kBlockPairs; ++x) {
         const int c = d / kPair % 2 ? kBlockPairs - 1 - x : x;
         if (s.steps[c] > 0)

@@ -19,7 +19,7 @@ LLMOPS_INLINE bool takes_split(const AttentionParams& p, const AttentionSequence
 
 // Floats of the strips of `outer` elements by `depth` steps.
 LLMOPS_INLINE int64_t strips_size(int64_t outer, int64_t depth) {
-  return round_up(outer, kPair) / kPair * tiled_steps(depth) * kStepFloats;
+  return round_up(outer, kPair) / kPair * tiled_steps(depth) * Fp32Parts::kStepFloats;
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // 16-bit elements, so that every product is fp32; sums beyond kSteps go through memory as fp32 and
 // are rounded once.
 //
-// fp32 goes through AMX where there is one, cut alike: split_amx.h.
+// fp32 and fp16 go through AMX where there is one, cut alike: split_amx.h.
 //
 // Roofline on AVX2: 12 FMAs per step and 8 loads, that is 6 cycles of FMA and 3 to 4 of loads.
 #include "matmul.h"
@@ -26,6 +26,8 @@ constexpr int64_t kBlock = 16 * kRows;     // 96 KiB of a
 constexpr int64_t kPanelFloats = 1 << 20;  // 4 MiB of b
 // 16-bit results wait as fp32 for the last of their k: 192 KiB of them.
 constexpr int64_t kNarrowColumns = 512;
+template <class T>
+constexpr bool kWide = sizeof(T) == sizeof(float);
 
 LLMOPS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LLMOPS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -132,7 +134,6 @@ LLMOPS_NOINLINE void multiply(const float* a, const float* b, int64_t depth, con
 template <class T>
 LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, const float* packed,
                          int64_t row, float* scratch) {
-  constexpr bool kWide = sizeof(T) == sizeof(float);
   const int64_t rows = least(kBlock, p.m - row);
   float* const left = scratch;
   float* const sums = scratch + kBlock * kSteps + W;
@@ -147,7 +148,7 @@ LLMOPS_INLINE void block(const MatmulParams& p, int64_t column, int64_t end, con
         Tile<T> tile{};
         tile.y = y + i * p.y_stride + c;
         tile.y_stride = p.y_stride;
-        if constexpr (kWide) {
+        if constexpr (kWide<T>) {
           tile.sums = tile.y;
           tile.sums_stride = p.y_stride;
         } else {
@@ -179,26 +180,41 @@ constexpr int64_t kAcrossDepth = 384, kAcrossStrips = 2, kPanelStrips = 4;
 // The first strips of b multiply each strip of a while the next one of a is split.
 constexpr int64_t kLeadStrips = 2;
 
-LLMOPS_INLINE bool takes_tiles(const MatmulParams& p) {
-  return p.type == DType::f32 && active_isa() == Isa::amx;
+// Steps of k at a time: as many as three parts of 768 are.
+template <class Parts>
+LLMOPS_INLINE int64_t depth_of(bool across) {
+  return (across ? kAcrossDepth : kTiledDepth) * 3 / Parts::kParts;
+}
+LLMOPS_INLINE bool takes_tiles(const MatmulParams&) { return active_isa() == Isa::amx; }
+// f of how p's elements are taken apart.
+template <class F>
+LLMOPS_INLINE void with_parts(const MatmulParams& p, F f) {
+  if (p.type == DType::bf16) return f(Bf16Parts{});
+  if (p.type == DType::f16) return f(Fp16Parts{});
+  if (p.parts == 1) return f(Fp32Medium{});
+  if (p.parts == 2) return f(Fp32High{});
+  f(Fp32Parts{});
 }
 LLMOPS_INLINE bool packs_as_it_goes(const MatmulParams& p) {
   return p.m <= (p.b.outer_step == 1 ? 2 : 4) * kTiledBlock;
 }
 // [outer, end) of an operand, `depth` steps of k from k on.
-LLMOPS_INLINE SplitSource source_of(const MatmulOperand& x, int64_t outer, int64_t end, int64_t k,
-                                    int64_t depth) {
-  const float* const data = static_cast<const float*>(x.data) + outer * x.outer_step + k * x.k_step;
+template <class T>
+LLMOPS_INLINE SplitSource<T> source_of(const MatmulOperand& x, int64_t outer, int64_t end,
+                                       int64_t k, int64_t depth) {
+  const T* const data = static_cast<const T*>(x.data) + outer * x.outer_step + k * x.k_step;
   return {data, x.outer_step, x.k_step, end - outer, depth};
 }
 
 // What is split while tiles multiply: a's next strip, then b's next ones.
+template <class Parts>
 struct Splits {
-  Strips<true> a;
-  Strips<false> b;
+  Strips<true, Parts> a;
+  Strips<false, Parts> b;
 };
+template <class Parts>
 struct Beside {
-  Splits* splits;
+  Splits<Parts>* splits;
   LLMOPS_BESIDE void operator()() const {
     if (!splits->a.done()) {
       splits->a.some();
@@ -209,45 +225,45 @@ struct Beside {
 };
 
 // 32 x 32 of y: a strip of a by one of b.
-LLMOPS_INLINE void tile_of(const MatmulParams& p, const float* a, const float* b, int64_t row,
-                           int64_t column, int64_t k, int64_t depth, Beside& beside) {
-  const int columns = count_of(p.n - column, kPair), rows = count_of(p.m - row, kPair);
-  Tile<float> tile{};
-  tile.sums = tile.y = static_cast<float*>(p.y) + row * p.y_stride + column;
-  tile.sums_stride = tile.y_stride = p.y_stride;
-  tile.bias = p.bias ? static_cast<const float*>(p.bias) + column : nullptr;
-  tile.first = k == 0 && !p.add;
-  tile.last = k + depth >= p.k;
-  tile.past = p.past && k == 0;
-  if (rows == kPair && columns == kPair && tile.first && !tile.past && !(tile.last && tile.bias))
-    return split_product(a, b, tiled_steps(depth), tile.y, p.y_stride, false, beside);
+template <class Parts, class T>
+LLMOPS_INLINE void tile_of(const float* a, const float* b, int64_t steps, const Tile<T>& tile,
+                           int rows, int columns, Beside<Parts>& beside) {
+  if constexpr (kWide<T>) {
+    if (rows == kPair && columns == kPair && tile.first && !tile.past && !(tile.last && tile.bias))
+      return split_product<Parts>(a, b, steps, tile.y, tile.y_stride, false, beside);
+  }
   alignas(64) float sums[kPair * kPair];
-  split_product(a, b, tiled_steps(depth), sums, kPair, false, beside);
+  split_product<Parts>(a, b, steps, sums, kPair, false, beside);
   for (int r = 0; r < rows; ++r) {
     for (int j = 0; j * W < columns; ++j)
       finish(tile, r, j, load(sums + r * kPair + j * W), count_of(columns - j * W, W));
   }
 }
 
+// T: of y and bias.
+template <class Parts, class T>
 LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64_t end,
                                     const float* packed, int64_t row, float* scratch) {
+  using Element = typename Parts::Element;
+  constexpr int64_t kStepFloats = Parts::kStepFloats;
   const bool goes = packs_as_it_goes(p), across = goes && p.b.outer_step == 1;
   const int64_t rows = least(kTiledBlock, p.m - row), strip = tiled_steps(p.k) * kStepFloats;
-  const int64_t deepest = across ? kAcrossDepth : kTiledDepth;
+  const int64_t deepest = depth_of<Parts>(across);
   const int64_t group = (!goes ? kLeadStrips : across ? kAcrossStrips : 1) * kPair;
   float* const right = scratch + kTiledBlock / kPair * tiled_steps(deepest) * kStepFloats;
   const int64_t right_floats = group / kPair * tiled_steps(deepest) * kStepFloats;
-  Splits splits;
-  Beside beside{&splits};
+  float* const narrow_sums = right + (goes ? 2 * right_floats : 0);
+  Splits<Parts> splits;
+  Beside<Parts> beside{&splits};
   begin_tiles();
   for (int64_t k = 0; k < p.k || k == 0; k += deepest) {
     const int64_t depth = least(deepest, p.k - k), steps = tiled_steps(depth);
     const auto begin_group = [&](int64_t first) {
-      SplitSource from = source_of(p.b, first, least(first + group, end), k, depth);
+      auto from = source_of<Element>(p.b, first, least(first + group, end), k, depth);
       from.by_steps = across;
       splits.b.begin(from, right + first / group % 2 * right_floats);
     };
-    splits.a.begin(source_of(p.a, row, row + rows, k, depth), scratch);
+    splits.a.begin(source_of<Element>(p.a, row, row + rows, k, depth), scratch);
     if (goes) begin_group(column);
     for (int64_t first = column; first < end; first += group) {
       const int64_t last = least(first + group, end);
@@ -258,11 +274,26 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
             goes ? right + first / group % 2 * right_floats +
                        (c - first) / kPair * steps * kStepFloats
                  : packed + (c - column) / kPair * strip + k / kDepth * kStepFloats;
-        tile_of(p, scratch + i / kPair * steps * kStepFloats, b, row + i, c, k, depth, beside);
+        Tile<T> tile{};
+        tile.y = static_cast<T*>(p.y) + (row + i) * p.y_stride + c;
+        tile.y_stride = p.y_stride;
+        if constexpr (kWide<T>) {
+          tile.sums = tile.y;
+          tile.sums_stride = p.y_stride;
+        } else {
+          tile.sums = narrow_sums + i * kNarrowColumns + (c - column);
+          tile.sums_stride = kNarrowColumns;
+        }
+        tile.bias = p.bias ? static_cast<const T*>(p.bias) + c : nullptr;
+        tile.first = k == 0 && !p.add;
+        tile.last = k + depth >= p.k;
+        tile.past = p.past && (k == 0 || !kWide<T>);
+        tile_of(scratch + i / kPair * steps * kStepFloats, b, steps, tile,
+                count_of(rows - i, kPair), count_of(end - c, kPair), beside);
       };
       if (first == column) {
         for (int64_t i = 0; i < rows; i += kPair) {
-          splits.a.finish((i / kPair + 1) * steps * 2);  // tiles of the strips up to i
+          splits.a.finish((i / kPair + 1) * steps * Parts::kGathers);  // the strips up to i
           for (int64_t c = first; c < last; c += kPair) multiply_by(c, i);
         }
       } else {
@@ -274,6 +305,30 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
   end_tiles();
   if (p.past) stream_fence();
 }
+
+template <class Parts>
+LLMOPS_INLINE MatmulPlan plan_by_tiles(const MatmulParams& p) {
+  constexpr int64_t kStepFloats = Parts::kStepFloats;
+  const int64_t strip = tiled_steps(p.k) * kStepFloats, fit = kTiledPanelFloats / (strip + 1);
+  const int64_t left = kTiledBlock / kPair * tiled_steps(depth_of<Parts>(false)) * kStepFloats;
+  const bool goes = packs_as_it_goes(p), across = p.b.outer_step == 1;
+  // 16-bit sums of several depths are kept apart, for so many columns.
+  const bool narrow =
+      !p.wide && !kWide<typename Parts::Element> && p.k > depth_of<Parts>(goes && across);
+  const int64_t most = narrow ? kNarrowColumns : p.n;
+  const int64_t sums = narrow ? kTiledBlock * kNarrowColumns : 0;
+  if (goes) {
+    // These strips and the next.
+    const int64_t right =
+        2 * (across ? kAcrossStrips : 1) * tiled_steps(depth_of<Parts>(across)) * kStepFloats;
+    return {round_up(least(p.n, most), kPair), kPair, kTiledBlock, 0, left + right + sums};
+  }
+  // Strips to one packing: several where that reads more of each row.
+  const int64_t each = across ? kPanelStrips : 1, columns = each * kPair;
+  const int64_t panel = round_up(fit < 4 ? 4 : fit, each) * kPair;
+  return {least(panel, round_up(least(p.n, most), columns)), columns, kTiledBlock, each * strip,
+          left + sums};
+}
 #endif
 
 }  // namespace
@@ -281,18 +336,9 @@ LLMOPS_NOINLINE void block_by_tiles(const MatmulParams& p, int64_t column, int64
 MatmulPlan matmul_plan(const MatmulParams& p) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(p)) {
-    const int64_t strip = tiled_steps(p.k) * kStepFloats, fit = kTiledPanelFloats / (strip + 1);
-    const int64_t left = kTiledBlock / kPair * tiled_steps(kTiledDepth) * kStepFloats;
-    if (packs_as_it_goes(p)) {
-      constexpr int64_t kAcross = kAcrossStrips * kAcrossDepth;
-      constexpr int64_t kDeepest = kAcross > kTiledDepth ? kAcross : kTiledDepth;
-      constexpr int64_t kRight = 2 * kDeepest / kDepth * kStepFloats;  // these strips and the next
-      return {round_up(p.n, kPair), kPair, kTiledBlock, 0, left + kRight};
-    }
-    // Strips to one packing: several where that reads more of each row.
-    const int64_t each = p.b.outer_step == 1 ? kPanelStrips : 1, columns = each * kPair;
-    const int64_t panel = least(round_up(fit < 4 ? 4 : fit, each) * kPair, round_up(p.n, columns));
-    return {panel, columns, kTiledBlock, each * strip, left};
+    MatmulPlan plan{};
+    with_parts(p, [&](auto parts) { plan = plan_by_tiles<decltype(parts)>(p); });
+    return plan;
   }
 #endif
   const int64_t fit = kPanelFloats / (p.k > 0 ? p.k : 1) / kColumns * kColumns;
@@ -308,9 +354,13 @@ void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(p)) {
     const int64_t columns = p.b.outer_step == 1 ? kPanelStrips * kPair : kPair;
-    SplitSource from = source_of(p.b, column, least(column + columns, p.n), 0, p.k);
-    from.by_steps = true;
-    return split_strips<false>(from, out);
+    return with_parts(p, [&](auto parts) {
+      using Parts = decltype(parts);
+      auto from =
+          source_of<typename Parts::Element>(p.b, column, least(column + columns, p.n), 0, p.k);
+      from.by_steps = true;
+      split_strips<false, Parts>(from, out);
+    });
   }
 #endif
   LLMOPS_DISPATCH(p.type, T,
@@ -320,7 +370,13 @@ void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 void matmul_block(const MatmulParams& p, int64_t column, int64_t end, const float* packed,
                   int64_t row, float* scratch) {
 #ifdef LLMOPS_HAS_TILES
-  if (takes_tiles(p)) return block_by_tiles(p, column, end, packed, row, scratch);
+  if (takes_tiles(p)) {
+    return with_parts(p, [&](auto parts) {
+      using Parts = decltype(parts);
+      if (p.wide) return block_by_tiles<Parts, float>(p, column, end, packed, row, scratch);
+      block_by_tiles<Parts, typename Parts::Element>(p, column, end, packed, row, scratch);
+    });
+  }
 #endif
   LLMOPS_DISPATCH(p.type, T, block<T>(p, column, end, packed, row, scratch));
 }

@@ -20,7 +20,9 @@ struct MatmulParams {
   void* y;             // [m, n], rows y_stride elements apart
   int64_t y_stride;
   bool add = false;   // to what y holds, which then is fp32
-  bool past = false;  // with AMX in fp32: y, aligned to vectors, is stored past the caches
+  bool wide = false;  // y is fp32 and the others 16 bits: with AMX alone
+  int parts = 3;      // of eight bits that fp32 by AMX counts of each element
+  bool past = false;  // with AMX: y, aligned to vectors, is stored past the caches
 };
 
 // How the work is cut: a panel of columns of b is packed once, in strips, and multiplied by one

@@ -96,8 +96,15 @@ def product_into(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out=out)
 
 
-def sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
-    return _of_counted(call, lambda some: _sums(losses_of, gradient_of_, some))
+def sums(
+    losses_of: Callable[..., Any],
+    gradient_of_: Callable[..., None],
+    call: Call,
+    into: Callable[..., None] = product_into,
+    wide: bool = False,
+) -> Sums:
+    """wide: `into` adds products of 16 bits to fp32."""
+    return _of_counted(call, lambda some: _sums(losses_of, gradient_of_, some, into, wide))
 
 
 def sums_of_all(
@@ -107,7 +114,7 @@ def sums_of_all(
     a CUDA graph cannot hold. As of zeros: what such a row holds, NaN too, must reach no sum."""
     kept = (call.target != call.ignore_index)[:, None]
     whole = call._replace(input=torch.where(kept, call.input, 0.0))
-    return _sums(losses_of, gradient_of_, whole)
+    return _sums(losses_of, gradient_of_, whole, product_into, wide=False)
 
 
 def sums_by_class(
@@ -149,7 +156,13 @@ def _of_counted(call: Call, run: Callable[[Call], Sums]) -> Sums:
     return Sums(losses, dinput, dweight, some.dbias)
 
 
-def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call: Call) -> Sums:
+def _sums(
+    losses_of: Callable[..., Any],
+    gradient_of_: Callable[..., None],
+    call: Call,
+    into: Callable[..., None],
+    wide: bool,
+) -> Sums:
     input, linear_weight, target, linear_bias, weight, ignore_index, smoothing, row_grad, wanted = (
         call[:9]
     )
@@ -162,7 +175,7 @@ def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call
     if wanted[1] and not call.keep:
         fresh = torch.empty_like if rows else torch.zeros_like
         dweight = fresh(linear_weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-        if input.dtype != torch.float32:
+        if input.dtype != torch.float32 and not wide:
             part = torch.empty_like(dweight, dtype=input.dtype)
     if wanted[2]:
         dbias = input.new_zeros(classes, dtype=torch.float32)
@@ -174,7 +187,7 @@ def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call
         x, t = input[here], target[here]
         logits = buffer[here] if call.keep else buffer[: len(x)]
         if linear_bias is None:
-            torch.mm(x, linear_weight.t(), out=logits)
+            into(x, linear_weight.t(), logits)
         else:
             torch.addmm(linear_bias, x, linear_weight.t(), out=logits)
         losses[here], lse = losses_of(logits, t, weight, *how, torch.float32)
@@ -182,15 +195,11 @@ def _sums(losses_of: Callable[..., Any], gradient_of_: Callable[..., None], call
             continue
         gradient_of_(row_grad[here], logits, t, weight, lse, *how)
         if dinput is not None:
-            torch.mm(logits, linear_weight, out=dinput[here])
-        if dweight is not None and begin == 0:
-            made = torch.mm(logits.t(), x, out=dweight if part is None else part)
-            if part is not None:
-                dweight.copy_(made)
-        elif part is not None and dweight is not None:
-            dweight += torch.mm(logits.t(), x, out=part)
-        elif dweight is not None:
-            dweight.addmm_(logits.t(), x)
+            into(logits, linear_weight, dinput[here])
+        if dweight is not None:
+            into(logits.t(), x, dweight if part is None else part, part is None and begin > 0)
+        if dweight is not None and part is not None:
+            dweight.copy_(part) if begin == 0 else dweight.add_(part)
         if dbias is not None:
             dbias += logits.sum(0, dtype=torch.float32)
     return Sums(losses, dinput, buffer.view(-1) if call.keep else dweight, dbias)
@@ -279,7 +288,8 @@ def weight_gradient(
         x = x * factor
     if input.dtype != torch.float32:
         grads = kept[: len(x) * classes].view(len(x), classes)
-        dweight = torch.mm(grads.t(), x, out=x.new_empty(classes, x.shape[1]))
+        dweight = x.new_empty(classes, x.shape[1])
+        into(grads.t(), x, dweight)
         return dweight.mul_(factor) if half else dweight
     dweight = x.new_empty(classes, x.shape[1]) if len(x) else x.new_zeros(classes, x.shape[1])
     for here, logits in _runs(kept, len(x), classes) if len(x) else ():

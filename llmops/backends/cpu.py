@@ -60,22 +60,48 @@ LINEAR_AHEAD = {
     "avx2": {torch.float32: 128, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
     "avx512": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
     "avx512_bf16": {torch.float32: 64, torch.bfloat16: 8, torch.float16: 64},
-    "amx": {torch.float32: ANY_ROWS, torch.bfloat16: 128, torch.float16: 64},
+    "amx": {torch.float32: ANY_ROWS, torch.bfloat16: 128, torch.float16: ANY_ROWS},
 }
-# Gradients' products in fp32 are ours beyond so many rows, in 16 bits of any number, where those of
-# any number of rows are: by AMX in three parts (csrc/cpu/split_amx.h).
+# Where products of any number of rows are ours, gradients' are beyond so many, and on AVX2 in 16
+# bits of any number: by AMX in parts (csrc/cpu/split_amx.h).
 GRADIENT_ROWS = 48
+# bf16 on AMX: from so many rows on dy^T x alone is ours. Torch's takes twice as long as its x W^T.
+WEIGHT_GRADIENT_ROWS = 1024
 
 
 def widens_products(dtype: torch.dtype) -> bool:
     """Whether matrix products of this dtype are better done in fp32: torch has no 16-bit product
     on this processor."""
-    return dtype != torch.float32 and LINEAR_AHEAD[isa()].get(dtype) == ANY_ROWS
+    return dtype != torch.float32 and isa() == "avx2"
 
 
 def own_products(dtype: torch.dtype) -> bool:
     """Whether products of many rows, gradients' too, are ours."""
     return LINEAR_AHEAD[isa()].get(dtype) == ANY_ROWS
+
+
+def fp32_parts() -> int:
+    """Of eight bits each, how many AMX counts of an fp32 element in a product, all of it being 3:
+    what torch.set_float32_matmul_precision("high" or "medium") allows, or torch.backends' newer
+    form of it for CPUs. Torch's own product on a CPU hears "medium" alone."""
+    setting = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
+    return {"tf32": 2, "bf16": 1}.get(setting, 3)
+
+
+def gradient_products(dtype: torch.dtype, rows: int) -> tuple[Any, Any]:
+    """The products dy W and dy^T x of a linear of `rows` rows: ours where they are ahead of
+    torch's."""
+    ours = functools.partial(matmul, parts=fp32_parts())
+    if own_products(dtype) and (rows > GRADIENT_ROWS or widens_products(dtype)):
+        return ours, ours
+    return torch.matmul, ours if own_weight_gradient(dtype, rows) else torch.matmul
+
+
+def own_weight_gradient(dtype: torch.dtype, rows: int) -> bool:
+    """Whether dy^T x alone is ours."""
+    if dtype != torch.bfloat16 or rows < WEIGHT_GRADIENT_ROWS:
+        return False
+    return _extension.REASON is None and isa() == "amx"
 
 
 def holds_logits(dtype: torch.dtype) -> bool:
@@ -118,7 +144,7 @@ def yields(call: Call) -> str | None:
         return None
     ahead = LINEAR_AHEAD[isa()].get(call.dtype, 0)
     rows = next((int(f.split()[2]) for f in call.features if f.startswith("at most")), ANY_ROWS)
-    packs = rows > GRADIENT_ROWS and ahead == ANY_ROWS and call.dtype == torch.float32
+    packs = rows > GRADIENT_ROWS and ahead == ANY_ROWS and isa() == "amx"
     if "weight dense in no dimension" in call.features or (
         "transposed weight" in call.features and not packs
     ):
@@ -181,17 +207,29 @@ if _extension.REASON is None:
             return _linear_cross_entropy.sums_by_class(
                 cross_entropy, cross_entropy_bwd_, call, _product_into
             )
-        return _linear_cross_entropy.sums(cross_entropy, cross_entropy_bwd_, call)
+        wide = isa() == "amx"
+        return _linear_cross_entropy.sums(
+            cross_entropy, cross_entropy_bwd_, call, _product_into, wide
+        )
 
     def _product_into(
         a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False
     ) -> None:
-        """In fp32, by linear's table where it is such a product; of others the smallest of three
-        sizes decides, as the number of rows does for gradients."""
-        ours = own_products(torch.float32) and min(*a.shape, out.shape[1]) > GRADIENT_ROWS
-        if not add and a.stride(1) == 1 and b.stride(0) == 1:
-            ours = len(a) <= LINEAR_AHEAD[isa()].get(torch.float32, 0)
-        (matmul_into if ours else _linear_cross_entropy.product_into)(a, b, out, add)
+        """By linear's table where it is such a product; of others the smallest of three sizes
+        decides, as the number of rows does for gradients."""
+        smallest, across = min(*a.shape, out.shape[1]), a.stride(1) != 1
+        if out.dtype != a.dtype:
+            ours = True
+        elif a.dtype == torch.bfloat16:
+            ours = across and own_weight_gradient(a.dtype, smallest)
+        elif not add and not across and b.stride(0) == 1:
+            ours = len(a) <= LINEAR_AHEAD[isa()].get(a.dtype, 0)
+        else:
+            ours = own_products(a.dtype) and smallest > GRADIENT_ROWS
+        if ours:
+            matmul_into(a, b, out, add, fp32_parts())
+        else:
+            _linear_cross_entropy.product_into(a, b, out, add)
 
     linear_cross_entropy_weight_gradient = functools.partial(
         _linear_cross_entropy.weight_gradient, into=_product_into

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from llmops import reference
 from llmops.backends import get
-from llmops.dispatch import resolve
+from llmops.dispatch import requested, resolve
 from llmops.ops import _autocast, _check
 from llmops.ops._op import Op, is_plain, is_tracing, shortcut
 
 ROWS = get("cpu").LINEAR_ROWS  # of x, that the measured table tells apart
-GRADIENT_ROWS = get("cpu").GRADIENT_ROWS
 MANY = "many rows"
 
 
@@ -26,6 +25,7 @@ def at_most(rows: int) -> str:
 
 
 _is_compiling = torch.compiler.is_compiling
+_fp32_parts = get("cpu").fp32_parts
 
 
 def linear(
@@ -53,13 +53,17 @@ def linear(
     bits for any number of threads; where bf16 pairs are multiplied by the processor (AVX-512-BF16),
     subnormal products flush to zero. fp32 and 49 rows or more on AMX: three bf16 parts of each
     value, as exact as fp32 down to 1e-33; smaller values lose digits, and below 1e-38 they are
-    zero.
+    zero. There, from 17 rows on, torch.set_float32_matmul_precision counts: "high" is two parts,
+    16 bits of each value (relative errors below 2^-13 of a product, 2^-17 on average), "medium" is
+    one, that is bf16. fp16 on AMX: two parts, which are all of each value.
     Gradients are matrix products of the same kind, or torch's.
     Under autocast computed in autocast's dtype, as F.linear is.
     """
     if backend is None and not is_tracing() and _is_usual(x, weight, bias):
-        rows = x.numel() / max(weight.shape[1], 1)
-        raw = _raw[bisect_left(ROWS, rows)](x, weight, bias)
+        size = bisect_left(ROWS, x.numel() / max(weight.shape[1], 1))
+        # Few rows are multiplied by FMAs at any precision, so that nobody need ask for it.
+        whole = size == 0 or x.dtype != torch.float32 or _fp32_parts() == 3
+        raw = _raw[size](x, weight, bias) if whole else None
         if raw is not None:
             try:
                 y: Tensor = raw(x, weight) if bias is None else raw(x, weight, bias)
@@ -76,7 +80,7 @@ def linear(
         transposed = weight.stride(0) == 1
         features += ("transposed weight" if transposed else "weight dense in no dimension",)
     name = resolve("linear", x.device, dtype, features, backend)
-    if name == "reference":
+    if name == "reference" and not (_has_own_gradient(x, weight) and requested(backend) == "auto"):
         return reference.linear(x, weight, bias)
     if autocast is not None:
         x, weight = x.to(dtype), weight.to(dtype)
@@ -102,6 +106,15 @@ def _is_usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if weight.dim() != 2 or weight.stride(1) != 1:
         return False
     return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])
+
+
+def _has_own_gradient(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own product has a gradient of the weight that is better ours."""
+    if not weight.requires_grad or weight.device.type != "cpu" or weight.dtype != x.dtype:
+        return False
+    if not (torch.is_grad_enabled() and is_plain(weight) and is_plain(x)) or _autocast.enabled(x):
+        return False
+    return get("cpu").own_weight_gradient(x.dtype, math.prod(x.shape[:-1]))
 
 
 def _cast_to(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
@@ -148,7 +161,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Te
         backend = resolve("linear", x.device, x.dtype, (), backend)
     if backend == "reference":
         return reference.linear(x, weight, bias)
-    raw = get(backend).linear
+    raw, parts = get(backend).linear, _fp32_parts() if x.dtype == torch.float32 else 3
+    if parts != 3:
+        return raw(x, weight, bias, parts)  # type: ignore[no-any-return]
     return raw(x, weight) if bias is None else raw(x, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -162,15 +177,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """dx = dy W, dW = dy^T x, db = the sum of dy: by our product where it is ahead of torch's (fp32
-    on AMX) or the CPU has no 16-bit one and torch's is 6 times slower than in fp32 (AVX2); else by
-    torch's. By torch's, too, and in fp32, where the gradient is to be differentiated."""
+    """dx = dy W, dW = dy^T x, db = the sum of dy: by our products where they are ahead of torch's
+    (on AMX; dW alone of bf16) or the CPU has no 16-bit one and torch's is 6 times slower than in
+    fp32 (AVX2); else by torch's. By torch's, too, and in fp32, where the gradient is to be
+    differentiated."""
     x, weight = ctx.saved_tensors
     dtype, rows = x.dtype, math.prod(x.shape[:-1])
     product: Any = torch.matmul
-    if ctx.backend == "cpu" and (rows > GRADIENT_ROWS or dtype != torch.float32):
+    product_of_weight = product
+    if grad.device.type == "cpu" and get("cpu").available() is None:
         if not torch.is_grad_enabled() and is_plain(grad):
-            product = get("cpu").matmul if get("cpu").own_products(dtype) else product
+            product, product_of_weight = get("cpu").gradient_products(dtype, rows)
         elif get("cpu").widens_products(dtype):
             x, weight, grad = x.float(), weight.float(), grad.float()
     need_x, need_weight, need_bias, _ = ctx.needs_input_grad
@@ -179,7 +196,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dweight = None
     if need_weight:  # laid out as weight is
         transposed = weight.stride(1) != 1 and weight.stride(0) == 1
-        dweight = product(flat_x.t(), flat).t() if transposed else product(flat.t(), flat_x)
+        dweight = (
+            product_of_weight(flat_x.t(), flat).t()
+            if transposed
+            else product_of_weight(flat.t(), flat_x)
+        )
     dbias = flat.sum(0) if need_bias else None
     return *(None if g is None else g.to(dtype) for g in (dx, dweight, dbias)), None
 
