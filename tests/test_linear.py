@@ -285,6 +285,30 @@ def test_linear_matmul_of_extreme_values(target: Target, parts: int) -> None:
 
 
 @TARGETS
+@DTYPES
+@pytest.mark.parametrize("rows", (1, 10, 15, 30, 50, 70))
+def test_linear_of_infinite_weights(target: Target, dtype: torch.dtype, rows: int) -> None:
+    """An infinity or NaN shows in its column alone, and as it should where x is zero."""
+    x, weight, bias = torch.randn(rows, 123), torch.randn(75, 123), torch.randn(75)
+    x[:, 122] = torch.arange(rows) % 3 - 1.0
+    weight[40, 122], weight[41, 7], weight[74, 122] = float("inf"), float("nan"), float("-inf")
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    want = x.double() @ weight.double().t() + bias.double()
+    with target.active():
+        got = llmops.linear(x, weight, bias, backend="cpu")
+        clean = llmops.linear(x, weight.nan_to_num(0.5, 0.5, 0.5), bias, backend="cpu")
+    for column in (40, 41, 74):
+        assert torch.equal(got[:, column].double().nan_to_num(7.0, 8.0, 9.0),
+                           want[:, column].nan_to_num(7.0, 8.0, 9.0))  # fmt: skip
+        got[:, column] = clean[:, column]
+        want[:, column] = clean[:, column].double()
+    assert torch.equal(got, clean)
+    most = x.double().abs() @ weight.double().nan_to_num(1.0, 1.0, 1.0).abs().t() + 5
+    bound = most * 2.0**-20 + want.abs() * torch.finfo(dtype).eps / 2
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+@TARGETS
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_linear_matmul_of_extreme_16_bit_values(target: Target, dtype: torch.dtype) -> None:
     inf, nan, tiny = float("inf"), float("nan"), torch.finfo(dtype).smallest_normal
@@ -478,7 +502,8 @@ def at_the_end(x):  # the same values, followed by a page that must not be touch
     kept.append(buffer)
     return place.view(x.shape).copy_(x)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for rows, k, n in ((1, 67, 3), (2, 33, 5), (3, 65, 19), (5, 31, 17), (9, 1, 1)):
+    for rows, k, n in ((1, 67, 3), (2, 33, 5), (3, 65, 19), (5, 31, 17), (9, 1, 1), (17, 81, 35),
+                       (40, 45, 33)):
         x, w, b = (torch.randn(s).to(dtype) for s in ((rows, k), (n, k), (n,)))
         got = llmops.linear(at_the_end(x), at_the_end(w), at_the_end(b), backend="cpu")
         assert torch.equal(got, llmops.linear(x, w, b, backend="cpu"))

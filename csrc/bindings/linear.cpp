@@ -71,7 +71,8 @@ bool are_few(cpu::DType type, int64_t rows, int parts) {
   // As measured (benchmarks/NOTES.md).
   if (cpu::active_isa() == cpu::Isa::avx2) return rows <= 128;
   if (cpu::active_isa() != cpu::Isa::amx) return rows <= 64;
-  return rows <= (type == cpu::DType::f32 && parts == 3 ? 48 : 16);
+  if (type == cpu::DType::f16) return rows <= 64;
+  return rows <= (parts == 3 ? 48 : 32);
 }
 
 void few_rows(const cpu::LinearParams& p, const void* x, int64_t x_step, int64_t n) {

@@ -16,8 +16,6 @@ constexpr int64_t kKeys = kWay == Way::split || kWay == Way::tiles ? 64 : 96;
 template <Way kWay>
 constexpr int kRow = kWay == Way::tiles ? W : kLanes;
 
-constexpr uint32_t kAllLanes = (1u << W) - 1;
-
 // What exponentials are taken relative to: the maximum so far, or one that it exceeds by so little
 // that nothing overflows; then O need not be rescaled.
 LLMOPS_INLINE Vec reference(Vec top, Vec before) {

@@ -14,6 +14,7 @@
 #include "dot_tile.h"
 #include "linear_amx.h"
 #include "linear_lanes.h"
+#include "linear_split.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
@@ -170,6 +171,8 @@ LLMOPS_INLINE void run(const LinearParams& p, const float* packed, int64_t first
 int64_t linear_scratch(DType type, int64_t rows, int64_t k) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(type, rows)) return tile_panels(rows) * tile_steps(k) * kTileFloats;
+  if (takes_split(type, rows))
+    return type == DType::f16 ? split_floats<Fp16Parts>(rows, k) : split_floats<Fp32Parts>(rows, k);
 #endif
   int64_t floats = 0;
   LLMOPS_DISPATCH(type, T, {
@@ -183,6 +186,10 @@ void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_s
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(type, rows))
     return pack_tiles(static_cast<const bf16*>(x), x_stride, rows, k, packed);
+  if (takes_split(type, rows)) {
+    return (type == DType::f16 ? pack_split<Fp16Parts> : pack_split<Fp32Parts>)(x, x_stride, rows,
+                                                                                k, packed);
+  }
 #endif
   LLMOPS_DISPATCH(type, T, {
     if (by_lanes<T>(rows)) return pack_lanes(static_cast<const T*>(x), x_stride, rows, k, packed);
@@ -197,6 +204,10 @@ void linear_pack(DType type, int64_t rows, int64_t k, const void* x, int64_t x_s
 void linear_fwd(const LinearParams& p, const float* packed, int64_t begin, int64_t end) {
 #ifdef LLMOPS_HAS_TILES
   if (takes_tiles(p.type, p.rows)) return linear_by_tiles(p, packed, begin, end);
+  if (takes_split(p.type, p.rows)) {
+    return (p.type == DType::f16 ? linear_by_parts<Fp16Parts>
+                                 : linear_by_parts<Fp32Parts>)(p, packed, begin, end);
+  }
 #endif
   LLMOPS_DISPATCH(p.type, T, {
     if (by_lanes<T>(p.rows)) return linear_by_lanes<T>(p, packed, begin, end);

@@ -7,13 +7,13 @@
 #pragma once
 #include "amx.h"
 #include "linear.h"
+#include "split_amx.h"
 
 #ifdef LLMOPS_HAS_TILES
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-constexpr int64_t kTileFloats = kSide * kSide;
 constexpr int64_t kTiledRows = 3;  // from here on one pass of tiles is ahead of the pairs'
 
 LLMOPS_INLINE bool takes_tiles(DType type, int64_t rows) {

@@ -117,6 +117,8 @@ LLMOPS_INLINE void from_float(float x, fp16* out) {
 
 namespace llmops::cpu::LLMOPS_ISA {
 
+constexpr uint32_t kAllLanes = (1u << W) - 1;  // mask_bits of whole vectors
+
 // The lines of four vectors that a later sweep will need: without it memory idles while a sweep
 // works in cache. An address past the end is no fault.
 template <class T>

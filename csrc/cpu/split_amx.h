@@ -46,15 +46,20 @@ LLMOPS_INLINE int64_t tiled_steps(int64_t depth) { return (depth + kDepth - 1) /
 LLMOPS_INLINE int up_to(int most, int64_t n) { return static_cast<int>(n < most ? n : most); }
 
 // A row of the tiles of each part: lane by lane a pair, first's below second's.
-template <class Parts>
+// Not kCareful: of finite values.
+template <class Parts, bool kCareful = true>
 LLMOPS_INLINE void split(Vec first, Vec second, float* out) {
   constexpr int kLast = Parts::kParts - 1;
   // The upper half of a signalling NaN may be an infinity's; smaller makes its other parts NaN.
   const Vec least = set1(0x1p-126f), x = smaller(first, least), y = smaller(second, least);
   LLMOPS_UNROLL for (int part = 0; part < kLast; ++part) {
     store(out + part * kPartFloats, pair_high_halves(first, second));
-    first = larger(first - high_half(first), x);
-    second = larger(second - high_half(second), y);
+    first = first - high_half(first);
+    second = second - high_half(second);
+    if constexpr (kCareful) {
+      first = larger(first, x);
+      second = larger(second, y);
+    }
   }
   store(out + kLast * kPartFloats,
         Parts::kRounded ? make_pairs(first, second) : pair_high_halves(first, second));
@@ -209,35 +214,51 @@ struct Strips {
   static constexpr int kRowsEach = 2, kPhases = 2 + kSide / kRowsEach;
 };
 
-// out [32][32 of ld] = A B of two strips, or += with `add`. `beside` is called after every second
-// product of tiles: its vectors' instructions run while the tiles multiply.
-template <class Parts = Fp32Parts, class F>
-LLMOPS_INLINE void split_product(const float* a, const float* b, int64_t steps, float* out,
-                                 int64_t ld, bool add, F& beside) {
+// The sums of two strips, [32][32 of ld], in four tiles: those in memory or zeros. kNarrow: of b's
+// first 16 alone.
+template <bool kNarrow = false>
+LLMOPS_INLINE void begin_sums(const float* sums, int64_t ld, bool add) {
   const int64_t row = ld * 4;
-  float* const below = out + kSide * ld;
-  memory_is_used(out);
+  memory_is_used(sums);
   if (add) {
-    _tile_loadd(0, out, row);
-    _tile_loadd(1, out + kSide, row);
-    _tile_loadd(2, below, row);
-    _tile_loadd(3, below + kSide, row);
+    _tile_loadd(0, sums, row);
+    _tile_loadd(2, sums + kSide * ld, row);
+    if constexpr (!kNarrow) {
+      _tile_loadd(1, sums + kSide, row);
+      _tile_loadd(3, sums + kSide * ld + kSide, row);
+    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+template <bool kNarrow = false>
+LLMOPS_INLINE void end_sums(float* sums, int64_t ld) {
+  const int64_t row = ld * 4;
+  _tile_stored(0, sums, row);
+  _tile_stored(2, sums + kSide * ld, row);
+  if constexpr (!kNarrow) {
+    _tile_stored(1, sums + kSide, row);
+    _tile_stored(3, sums + kSide * ld + kSide, row);
+  }
+  memory_is_used(sums);
+}
+// Adds the products of `steps` steps. `beside` is called after every second product of tiles: its
+// vectors' instructions run while the tiles multiply.
+template <class Parts, bool kNarrow = false, class F>
+LLMOPS_INLINE void add_products(const float* a, const float* b, int64_t steps, F& beside) {
   // With the next part of a, or of b, in place of the last one. Each load just before its first
   // use.
   const auto rows = [&](const float* part) __attribute__((always_inline)) {
     _tile_loadd(4, part, 4 * kSide);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (!kNarrow) _tile_dpbf16ps(1, 4, 7);
     beside();
     _tile_loadd(5, part + kTileFloats, 4 * kSide);
     _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (!kNarrow) _tile_dpbf16ps(3, 5, 7);
     beside();
   };
   const auto columns = [&](const float* part) __attribute__((always_inline)) {
@@ -245,14 +266,16 @@ LLMOPS_INLINE void split_product(const float* a, const float* b, int64_t steps, 
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     beside();
-    _tile_loadd(7, part + kTileFloats, 4 * kSide);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-    beside();
+    if constexpr (!kNarrow) {
+      _tile_loadd(7, part + kTileFloats, 4 * kSide);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+      beside();
+    }
   };
   for (int64_t s = 0; s < steps; ++s, a += Parts::kStepFloats, b += Parts::kStepFloats) {
     _tile_loadd(6, b, 4 * kSide);
-    _tile_loadd(7, b + kTileFloats, 4 * kSide);
+    if constexpr (!kNarrow) _tile_loadd(7, b + kTileFloats, 4 * kSide);
     if constexpr (Parts::kParts == 3) rows(a + 2 * kPartFloats);
     if constexpr (Parts::kParts > 1) rows(a + kPartFloats);
     if constexpr (Parts::kParts > 1 && !Parts::kRounded) columns(b + kPartFloats);
@@ -261,11 +284,14 @@ LLMOPS_INLINE void split_product(const float* a, const float* b, int64_t steps, 
     if constexpr (Parts::kParts == 2 && Parts::kRounded) columns(b + kPartFloats);
     if constexpr (Parts::kParts > 1 && !Parts::kRounded) columns(b);
   }
-  _tile_stored(0, out, row);
-  _tile_stored(1, out + kSide, row);
-  _tile_stored(2, below, row);
-  _tile_stored(3, below + kSide, row);
-  memory_is_used(out);
+}
+// out [32][32 of ld] = A B of two strips, or += with `add`.
+template <class Parts = Fp32Parts, class F>
+LLMOPS_INLINE void split_product(const float* a, const float* b, int64_t steps, float* out,
+                                 int64_t ld, bool add, F& beside) {
+  begin_sums(out, ld, add);
+  add_products<Parts>(a, b, steps, beside);
+  end_sums(out, ld);
 }
 
 }  // namespace

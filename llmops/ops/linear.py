@@ -51,11 +51,11 @@ def linear(
 
     Numerics: fp32 accumulation, the bias added in fp32, one rounding. The kernel gives the same
     bits for any number of threads; where bf16 pairs are multiplied by the processor (AVX-512-BF16),
-    subnormal products flush to zero. fp32 and 49 rows or more on AMX: three bf16 parts of each
-    value, as exact as fp32 down to 1e-33; smaller values lose digits, and below 1e-38 they are
-    zero. There, from 17 rows on, torch.set_float32_matmul_precision counts: "high" is two parts,
-    16 bits of each value (relative errors below 2^-13 of a product, 2^-17 on average), "medium" is
-    one, that is bf16. fp16 on AMX: two parts, which are all of each value.
+    subnormal products flush to zero. fp32 on AMX, 13 to 32 rows and 49 and more: three bf16 parts
+    of each value, as exact as fp32 down to 1e-33; smaller values lose digits, and below 1e-38 they
+    are zero. There, from 33 rows on, torch.set_float32_matmul_precision counts: "high" is two
+    parts, 16 bits of each value (relative errors below 2^-13 of a product, 2^-17 on average),
+    "medium" is one, that is bf16. fp16 on AMX: two parts, which are all of each value.
     Gradients are matrix products of the same kind, or torch's.
     Under autocast computed in autocast's dtype, as F.linear is.
     """
