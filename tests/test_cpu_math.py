@@ -19,7 +19,7 @@ using namespace llmops::cpu::LLMOPS_ISA;
   for (long i = 0; i < n; i += W) { \\
     const int left = n - i < W ? n - i : W; \\
     store_n(y + i, name(load_n(x + i, left)), left); } }
-MAP(exp2) MAP(exp) MAP(exp2_softmax) MAP(exp_minus) MAP(sigmoid) MAP(tanh)
+MAP(exp2) MAP(exp) MAP(exp2_softmax) MAP(exp2_narrow) MAP(exp_minus) MAP(sigmoid) MAP(tanh)
 extern "C" int lanes() { return W; }
 #define CONVERT(T) \\
   extern "C" void widen_##T(const T* x, float* y, long n) { \\
@@ -106,6 +106,17 @@ def test_cpu_math_exp2_softmax(library: ctypes.CDLL) -> None:
     x = np.array([0, -127, -np.inf, np.nan], np.float32)
     y = apply(library.map_exp2_softmax, x, np.float32)
     np.testing.assert_array_equal(y, np.array([1, 0, 0, np.nan], np.float32))
+
+
+def test_cpu_math_exp2_narrow(library: ctypes.CDLL) -> None:
+    x = spread(-126, 127.99)
+    want = np.exp2(x.astype(np.float64))
+    got = apply(library.map_exp2_narrow, x, np.float32)
+    assert np.abs(got / want - 1).max() < 2.8e-6
+    x = np.array([np.nan, np.inf, -np.inf, 128.5, -127.5, 0.0], np.float32)
+    y = apply(library.map_exp2_narrow, x, np.float32)
+    assert np.isnan(y[0]) and y[1] == y[3] == np.inf and y[2] == 0
+    assert y[4] < 2.0**-126 and abs(y[5] - 1) < 2.8e-6
 
 
 def test_cpu_math_tanh(library: ctypes.CDLL) -> None:

@@ -42,9 +42,38 @@ def test_gelu_error_over_the_whole_range(target: Target) -> None:
 
 
 @TARGETS
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("approximate", ("none", "tanh"))
-def test_gelu_special_values(target: Target, approximate: str) -> None:
-    x = torch.tensor([math.nan, math.inf, -math.inf, 1e20, -1e20, 1e38, -1e38, 0.0, -0.0])
+def test_gelu_of_every_16_bit_value(target: Target, dtype: torch.dtype, approximate: str) -> None:
+    """Half a unit of the result's last place, and what the approximations beneath it state."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = x[x.abs() < 3e3]
+    wide = x.double().requires_grad_()
+    # Without the cancellation of 1 + erf and 1 + tanh.
+    exact = wide * 0.5 * torch.special.erfc(-wide / math.sqrt(2))
+    if approximate == "tanh":
+        exact = wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))
+    (slope,) = torch.autograd.grad(exact.sum(), wide)
+    given = x.clone().requires_grad_()
+    with target.active():
+        y = llmops.gelu(given, approximate=approximate, backend=target.backend)
+        (dx,) = torch.autograd.grad(y, given, torch.ones_like(y))
+    half = torch.finfo(dtype).eps / 2
+    # Where an exponential of the other sign overflows, bf16 is 0, and Phi is beyond -5.35.
+    least = half * torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 2.0**-124
+    exact, wide = exact.detach(), wide.detach()
+    relative = half + torch.where(wide > -3, 3e-4, 7e-3) * (approximate == "none") + 1e-5
+    flat = torch.where(wide > -5.3, 3e-6 * wide.abs().clamp(max=6), 3e-7) * (approximate == "none")
+    bound = relative * exact.abs() + flat * (wide.abs() > 1e-30) + least
+    assert ((y.detach() - exact).abs() <= bound).all()
+    assert ((dx - slope).abs() <= (half + 1e-5) * slope.abs() + 2e-5).all()
+
+
+@TARGETS
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("approximate", ("none", "tanh"))
+def test_gelu_special_values(target: Target, approximate: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1e20, -1e20, 1e38, -1e38, 0.0, -0.0]).to(dtype)
     with target.active():
         y = llmops.gelu(x, approximate=approximate, backend=target.backend)
         given = x[3:].clone().requires_grad_()

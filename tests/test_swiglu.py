@@ -64,6 +64,31 @@ def test_swiglu_far_out_keeps_relative_precision(target: Target) -> None:
 
 
 @TARGETS
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_swiglu_of_every_16_bit_gate(target: Target, dtype: torch.dtype) -> None:
+    """Half a unit of the result's last place, and 1e-5 of it for the exponential beneath."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    up = torch.ones_like(x)
+    given = x.clone().requires_grad_()
+    with target.active():
+        y = llmops.swiglu(given, up, backend=target.backend)
+        (dx,) = torch.autograd.grad(y, given, up)
+    wide = x.double()
+    gate = torch.sigmoid(wide)
+    y, exact = y.detach(), wide * gate
+    odd = exact.isnan() | exact.isinf()
+    assert torch.equal(y[odd].nan_to_num(7.0, 8.0, 9.0).double(),
+                       exact[odd].nan_to_num(7.0, 8.0, 9.0))  # fmt: skip
+    half = torch.finfo(dtype).eps / 2
+    # Exponentials below 2^-126 count as 0.
+    least = half * torch.finfo(dtype).smallest_normal + 2.0**-118
+    assert ((y - exact).abs() <= (half + 1e-5) * exact.abs() + least)[~odd].all()
+    rise = wide * gate * torch.sigmoid(-wide)
+    bound = half * (gate + rise).abs() + 1e-5 * (gate + rise.abs()) + least
+    assert ((dx - (gate + rise)).abs() <= bound)[~odd].all()
+
+
+@TARGETS
 def test_swiglu_fused_equals_split(target: Target) -> None:
     fused = torch.randn(6, 50, requires_grad=True)
     gate, up = (h.detach().clone().requires_grad_() for h in fused.chunk(2, -1))

@@ -9,6 +9,9 @@ enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
 }  // namespace llmops::cpu
 
 #ifdef LLMOPS_ISA
+#include <type_traits>
+
+#include "gelu_table.h"
 #include "simd.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
@@ -18,42 +21,64 @@ namespace llmops::cpu::LLMOPS_ISA {
 constexpr float kTanhLinear = 1.5957691216f;  // 2 sqrt(2 / pi)
 constexpr float kTanhCubic = 1.5957691216f * 0.044715f;
 
-// The factor of x, and where it is a logistic function, what is left of it to 1 without
-// cancellation: with e = exp(-argument), gate = 1 / (1 + e) and rest = e gate.
-template <Activation kind>
-LLMOPS_INLINE Vec gate_of(Vec x, Vec* rest = nullptr) {
-  if constexpr (kind == Activation::gelu) {
-    return normal_cdf(x);
+// exp(-argument) of the logistic function. T is what results are rounded to.
+template <Activation kind, class T>
+LLMOPS_INLINE Vec exponential(Vec x) {
+  constexpr bool kNarrow = W == 16 && sizeof(T) == 2;
+  if constexpr (kind == Activation::silu) {
+    return kNarrow ? exp2_narrow(x * set1(-kLog2e)) : exp_minus(x);
   } else {
-    Vec e;
-    if constexpr (kind == Activation::silu) {
-      e = exp_minus(x);
-    } else {
-      const Vec minus_2u = x * fma(x * x, set1(-kLog2e * kTanhCubic), set1(-kLog2e * kTanhLinear));
-      const Vec bounded = min(set1(252.0f), max(set1(-252.0f), minus_2u)), n = round(bounded);
-      e = exp2_of(n, bounded - n);
-    }
-    const Vec gate = set1(1.0f) / (set1(1.0f) + e);
-    // inf * 0 where gate is 0: min takes its second operand then.
-    if (rest != nullptr) *rest = min(e * gate, set1(1.0f));
-    return gate;
+    const Vec minus_2u = x * fma(x * x, set1(-kLog2e * kTanhCubic), set1(-kLog2e * kTanhLinear));
+    if constexpr (kNarrow) return exp2_narrow(minus_2u);
+    const Vec bounded = min(set1(252.0f), max(set1(-252.0f), minus_2u)), n = round(bounded);
+    return exp2_of(n, bounded - n);
   }
 }
 
-// d/dx (x gate(x)) = gate + x gate'.
-template <Activation kind>
-LLMOPS_INLINE Vec derivative(Vec x, Vec gate, Vec rest) {
+template <class T>
+constexpr bool kInPieces = W == 16 && std::is_same_v<T, bf16>;
+template <class T>
+LLMOPS_INLINE Vec normal_cdf_as(Vec x) {
+#ifdef LLMOPS_HAS_PIECES
+  if constexpr (kInPieces<T>) return in_pieces(x, kPhi);
+#endif
+  return normal_cdf(x);
+}
+
+// x gate(x).
+template <Activation kind, class T>
+LLMOPS_INLINE Vec activation(Vec x) {
+  if constexpr (kind == Activation::gelu) return x * normal_cdf_as<T>(x);
+  return x / (set1(1.0f) + exponential<kind, T>(x));
+}
+
+// gate(x), and the derivative of x gate(x) = gate + x gate'.
+template <Activation kind, class T>
+LLMOPS_INLINE Vec gate_and_slope(Vec x, Vec* slope) {
   if constexpr (kind == Activation::gelu) {
-    return fma(x, normal_pdf(x), gate);
+    const Vec gate = normal_cdf_as<T>(x);
+#ifdef LLMOPS_HAS_PIECES
+    if constexpr (kInPieces<T>) {
+      *slope = in_pieces(x, kGeluSlope);
+      return gate;
+    }
+#endif
+    *slope = fma(x, normal_pdf(x), gate);
+    return gate;
   } else {
+    // With e = exp(-argument), gate = 1 / (1 + e), and e gate is what is left of it to 1 without
+    // cancellation. inf * 0 where gate is 0: min takes its second operand then.
+    const Vec e = exponential<kind, T>(x), gate = set1(1.0f) / (set1(1.0f) + e);
+    const Vec rest = min(e * gate, set1(1.0f));
     // gate' = gate (1 - gate) times the derivative of the logistic function's argument. The small
     // factors come first: far out they are 0, and x times the rest may overflow.
-    Vec slope = gate * rest * x;
+    Vec rise = gate * rest * x;
     if constexpr (kind == Activation::gelu_tanh) {
       const Vec w = min(x * x, set1(1e4f));
-      slope = slope * fma(w, set1(3.0f * kTanhCubic), set1(kTanhLinear));
+      rise = rise * fma(w, set1(3.0f * kTanhCubic), set1(kTanhLinear));
     }
-    return gate + slope;
+    *slope = gate + rise;
+    return gate;
   }
 }
 

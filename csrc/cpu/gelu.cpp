@@ -1,21 +1,18 @@
 // GELU over dense runs. Formulas: gelu.h, activation.h
 //
 // Elementwise, lanes along the run, two vectors at a time; fp32 with one rounding. About 25
-// operations per vector forward, 40 backward (a second exponential, for the density).
+// operations per vector forward, 40 backward (a second exponential, for the density); bf16 with
+// AVX-512 20 and 20 (gelu_table.h).
 #include "gelu.h"
 
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-template <Activation kind>
-LLMOPS_INLINE Vec act(Vec x) {
-  return x * gate_of<kind>(x);
-}
-template <Activation kind>
+template <Activation kind, class T>
 LLMOPS_INLINE Vec gradient(Vec dy, Vec x) {
-  Vec rest = zero();
-  const Vec gate = gate_of<kind>(x, &rest);
-  return dy * derivative<kind>(x, gate, rest);
+  Vec slope;
+  gate_and_slope<kind, T>(x, &slope);
+  return dy * slope;
 }
 
 template <Activation kind, class T>
@@ -24,28 +21,28 @@ LLMOPS_INLINE void forward(int64_t n, const T* x, T* y, bool past_caches) {
   if (past_caches) {
     for (; i + 2 * W <= n; i += 2 * W) {
       LLMOPS_UNROLL for (int j = 0; j < 2; ++j) {
-        stream(y + i + j * W, act<kind>(load(x + i + j * W)));
+        stream(y + i + j * W, activation<kind, T>(load(x + i + j * W)));
       }
     }
     stream_fence();
   }
   for (; i + 2 * W <= n; i += 2 * W) {
     LLMOPS_UNROLL for (int j = 0; j < 2; ++j) {
-      store(y + i + j * W, act<kind>(load(x + i + j * W)));
+      store(y + i + j * W, activation<kind, T>(load(x + i + j * W)));
     }
   }
   for (; i < n; i += W) {
     const int left = n - i < W ? static_cast<int>(n - i) : W;
-    store_n(y + i, act<kind>(load_n(x + i, left)), left);
+    store_n(y + i, activation<kind, T>(load_n(x + i, left)), left);
   }
 }
 
 template <Activation kind, class T>
 LLMOPS_INLINE void backward(int64_t n, const T* dy, const T* x, T* dx) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(dx + i, gradient<kind>(load(dy + i), load(x + i)));
+  for (; i + W <= n; i += W) store(dx + i, gradient<kind, T>(load(dy + i), load(x + i)));
   const int left = static_cast<int>(n - i);
-  if (left > 0) store_n(dx + i, gradient<kind>(load_n(dy + i, left), load_n(x + i, left)), left);
+  if (left > 0) store_n(dx + i, gradient<kind, T>(load_n(dy + i, left), load_n(x + i, left)), left);
 }
 
 }  // namespace

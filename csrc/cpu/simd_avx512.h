@@ -120,6 +120,15 @@ LLMOPS_INLINE Vec fraction(Vec x) {
   return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 }
 
+// table[i] of 32, i in the lowest bits of each lane.
+LLMOPS_INLINE Vec look_up(const float* table, Vec index) {
+  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), _mm512_castps_si512(index.v),
+                                 _mm512_loadu_ps(table + 16))};
+}
+// y where x is at least `least` or NaN, else 0.
+LLMOPS_INLINE Vec keep_from(float least, Vec x, Vec y) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(least), _CMP_NLT_UQ), y.v)};
+}
 // Lanes whose index is at least `bound`.
 LLMOPS_INLINE Mask lanes_ge(int bound) { return {static_cast<__mmask16>(~first_n(bound).v)}; }
 LLMOPS_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }

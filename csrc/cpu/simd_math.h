@@ -53,6 +53,19 @@ LLMOPS_INLINE Vec exp2_softmax(Vec x) {
   return scale_by_small_power(p, n);
 }
 
+// 2^x for results of 16 bits: relative error 2.6e-6; 0 and infinity in the limits, NaN for NaN.
+LLMOPS_INLINE Vec exp2_narrow(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = fraction(x);
+  Vec p = fma(set1(1.35341679e-2f), r, set1(5.20114606e-2f));
+  p = fma(p, r, set1(2.41442757e-1f));
+  p = fma(p, r, set1(6.93003834e-1f));
+  return scale_by_small_power(fma(p, r, set1(1.00000259f)), x);
+#else
+  return exp2(x);
+#endif
+}
+
 // exp(x) = 2^(x log2 e), the product split in two so that its rounding does not show: one fp32
 // product of 88 * log2 e would be off by 2^-18 relative.
 LLMOPS_INLINE Vec exp(Vec x) {

@@ -8,16 +8,11 @@
 namespace llmops::cpu::LLMOPS_ISA {
 namespace {
 
-template <Activation kind>
-LLMOPS_INLINE Vec glu(Vec gate, Vec up) {
-  return gate * gate_of<kind>(gate) * up;
-}
-
-template <Activation kind>
+template <Activation kind, class T>
 LLMOPS_INLINE void glu_gradients(Vec dy, Vec gate, Vec up, Vec* dgate, Vec* dup) {
-  Vec rest = zero();
-  const Vec a = gate_of<kind>(gate, &rest);
-  *dgate = dy * up * derivative<kind>(gate, a, rest);
+  Vec slope;
+  const Vec a = gate_and_slope<kind, T>(gate, &slope);
+  *dgate = dy * up * slope;
   *dup = dy * (gate * a);
 }
 
@@ -27,19 +22,19 @@ LLMOPS_INLINE void forward(int64_t n, const T* gate, const T* up, T* y, bool pas
   if (past_caches) {
     for (; i + 2 * W <= n; i += 2 * W) {
       LLMOPS_UNROLL for (int j = 0; j < 2; ++j) {
-        stream(y + i + j * W, glu<kind>(load(gate + i + j * W), load(up + i + j * W)));
+        stream(y + i + j * W, activation<kind, T>(load(gate + i + j * W)) * load(up + i + j * W));
       }
     }
     stream_fence();
   }
   for (; i + 2 * W <= n; i += 2 * W) {
     LLMOPS_UNROLL for (int j = 0; j < 2; ++j) {
-      store(y + i + j * W, glu<kind>(load(gate + i + j * W), load(up + i + j * W)));
+      store(y + i + j * W, activation<kind, T>(load(gate + i + j * W)) * load(up + i + j * W));
     }
   }
   for (; i < n; i += W) {
     const int left = n - i < W ? static_cast<int>(n - i) : W;
-    store_n(y + i, glu<kind>(load_n(gate + i, left), load_n(up + i, left)), left);
+    store_n(y + i, activation<kind, T>(load_n(gate + i, left)) * load_n(up + i, left), left);
   }
 }
 
@@ -48,13 +43,14 @@ LLMOPS_INLINE void backward(int64_t n, const T* dy, const T* gate, const T* up, 
   Vec dg, du;
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    glu_gradients<kind>(load(dy + i), load(gate + i), load(up + i), &dg, &du);
+    glu_gradients<kind, T>(load(dy + i), load(gate + i), load(up + i), &dg, &du);
     store(dgate + i, dg);
     store(dup + i, du);
   }
   const int left = static_cast<int>(n - i);
   if (left == 0) return;
-  glu_gradients<kind>(load_n(dy + i, left), load_n(gate + i, left), load_n(up + i, left), &dg, &du);
+  glu_gradients<kind, T>(load_n(dy + i, left), load_n(gate + i, left), load_n(up + i, left), &dg,
+                         &du);
   store_n(dgate + i, dg, left);
   store_n(dup + i, du, left);
 }
