@@ -210,6 +210,23 @@ def test_linear_cross_entropy_ignored_rows_are_not_read() -> None:
     torch.testing.assert_close(got[2], want[2])
 
 
+def test_linear_cross_entropy_hears_float32_matmul_precision() -> None:
+    """With AMX two bf16 parts of each value at "high", else all digits."""
+    torch.manual_seed(0)
+    tensors = {"input": torch.randn(600, 70), "linear_weight": torch.randn(4500, 70) * 0.1}
+    ids = torch.randint(4500, (600,))
+    whole = _gradients(llmops.linear_cross_entropy, tensors, target=ids, backend="cpu")
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = _gradients(llmops.linear_cross_entropy, tensors, target=ids, backend="cpu")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    same = [torch.equal(got, want) for got, want in zip(found, whole, strict=True)]
+    assert not any(same[1:]) if cpu.own_products(torch.float32) else all(same)
+    for got, want in zip(found, whole, strict=True):
+        assert (got - want).norm() < 2.0**-12 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_cross_entropy_weights_that_add_up_to_zero(dtype: torch.dtype) -> None:
     """The mean is 0 / 0: NaN in the rows that count, as torch has it, and nothing in the others,
