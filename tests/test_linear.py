@@ -484,6 +484,11 @@ def test_linear_rejects_bad_input() -> None:
         llmops.linear(x, weight, backend="triton")
     with pytest.raises(RuntimeError, match="of one dtype"):
         torch.ops.llmops_cpu.linear(x, weight.half())
+    for parts in (0, 4):
+        with pytest.raises(RuntimeError, match=f"parts must be 1, 2 or 3; got {parts}"):
+            torch.ops.llmops_cpu.linear(x, weight, None, parts)
+        with pytest.raises(RuntimeError, match=f"parts must be 1, 2 or 3; got {parts}"):
+            torch.ops.llmops_cpu.matmul(x, weight.t(), parts)
 
 
 GUARDED = """

@@ -22,6 +22,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& w_in, const std::optional<Te
   LLMOPS_CHECK(x_in.dim() >= 1 && w_in.dim() == 2 && x_in.size(-1) == w_in.size(1) &&
                    x_in.scalar_type() == w_in.scalar_type(),
                kName, ": x must be [..., K] and weight [N, K], of one dtype");
+  LLMOPS_CHECK(parts >= 1 && parts <= 3, kName, ": parts must be 1, 2 or 3; got ", parts);
   const int64_t n = w_in.size(0), k = w_in.size(1);
   cpu::LinearParams p{};
   p.type = kernel_dtype(x_in.scalar_type(), kName);

@@ -38,6 +38,7 @@ void multiply(const Tensor& a_in, const Tensor& b_in, const Tensor& y, bool fres
   p.y = y.data_ptr();
   p.y_stride = y.stride(0);
   p.past = fresh;
+  LLMOPS_CHECK(parts >= 1 && parts <= 3, kName, ": parts must be 1, 2 or 3; got ", parts);
   p.add = add;
   p.wide = y.scalar_type() != a_in.scalar_type();
   p.parts = static_cast<int>(parts);

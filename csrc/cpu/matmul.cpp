@@ -7,7 +7,7 @@
 // 16-bit elements, so that every product is fp32; sums beyond kSteps go through memory as fp32 and
 // are rounded once.
 //
-// fp32 and fp16 go through AMX where there is one, cut alike: split_amx.h.
+// Where there is AMX, all types go through it, cut alike: split_amx.h.
 //
 // Roofline on AVX2: 12 FMAs per step and 8 loads, that is 6 cycles of FMA and 3 to 4 of loads.
 #include "matmul.h"
@@ -185,7 +185,7 @@ template <class Parts>
 LLMOPS_INLINE int64_t depth_of(bool across) {
   return (across ? kAcrossDepth : kTiledDepth) * 3 / Parts::kParts;
 }
-LLMOPS_INLINE bool takes_tiles(const MatmulParams&) { return active_isa() == Isa::amx; }
+LLMOPS_INLINE bool takes_tiles() { return active_isa() == Isa::amx; }
 // f of how p's elements are taken apart.
 template <class F>
 LLMOPS_INLINE void with_parts(const MatmulParams& p, F f) {
@@ -335,7 +335,7 @@ LLMOPS_INLINE MatmulPlan plan_by_tiles(const MatmulParams& p) {
 
 MatmulPlan matmul_plan(const MatmulParams& p) {
 #ifdef LLMOPS_HAS_TILES
-  if (takes_tiles(p)) {
+  if (takes_tiles()) {
     MatmulPlan plan{};
     with_parts(p, [&](auto parts) { plan = plan_by_tiles<decltype(parts)>(p); });
     return plan;
@@ -352,7 +352,7 @@ MatmulPlan matmul_plan(const MatmulParams& p) {
 
 void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 #ifdef LLMOPS_HAS_TILES
-  if (takes_tiles(p)) {
+  if (takes_tiles()) {
     const int64_t columns = p.b.outer_step == 1 ? kPanelStrips * kPair : kPair;
     return with_parts(p, [&](auto parts) {
       using Parts = decltype(parts);
@@ -370,7 +370,7 @@ void matmul_pack(const MatmulParams& p, int64_t column, float* out) {
 void matmul_block(const MatmulParams& p, int64_t column, int64_t end, const float* packed,
                   int64_t row, float* scratch) {
 #ifdef LLMOPS_HAS_TILES
-  if (takes_tiles(p)) {
+  if (takes_tiles()) {
     return with_parts(p, [&](auto parts) {
       using Parts = decltype(parts);
       if (p.wide) return block_by_tiles<Parts, float>(p, column, end, packed, row, scratch);
